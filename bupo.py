@@ -1,0 +1,1502 @@
+r"""Bottom-up Policy Optimization (BuPO, arXiv 2512.19673) in one file.
+
+A language model draws each token from its policy pi = softmax(lm_head(norm(H^L))), where H^l is the residual stream
+after block l of L. Send the hidden state of a *lower* block through the same norm and lm_head and you get an
+*internal layer policy* pi^l. BuPO is GRPO whose first steps optimise one low pi^l, and whose later steps optimise pi.
+So GRPO is BuPO at l = L, and pi^l is simply the model with its upper blocks taken away: this file has one forward
+pass, one log-probability, one loss, and a layer number.
+
+    1 Configuration      Config
+    2 Problems           Problem, load_problems, the built-in arithmetic task
+    3 Reward             extract_boxed, math_reward
+    4 Model              load_model, the built-in tiny Qwen3, warm_up
+    5 Rollouts           sample
+    6 Internal policies  internal_hidden, policy_logits, token_logps, entropy_profile, boundary_layer
+    7 Objective          group_advantages, clipped_surrogate, optimised_layer
+    8 Evaluation         pass_at_k, evaluate
+    9 Training           train: the algorithm, in six numbered steps; update
+    10 Command line      main
+
+Where this file departs from the paper (P) or from the authors' code (C), on purpose:
+
+  - pi^l applies the final norm; `--internal-norm none` does not (P Eq. 5, C). P's Table 5 has both.
+  - Phase 1 runs blocks 1..l only. C runs all L, keeps every hidden state and builds two full logit matrices.
+  - The loss averages over all completion tokens of a mini-batch, as C does; `--average sequence` is P's Eq. 3 and 9.
+  - The reward compares mathematical values; C compares strings, so that \boxed{\text{Yes}} is wrong for Yes.
+  - A mini-batch in which no completion has an advantage is skipped: C would still move the weights, by momentum.
+  - Layers count from 1, as in P; C counts from 0. Weights are float32, so that a learning rate of 1e-6 moves them.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import math
+import os
+import pickle
+import queue
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+Sequences = list[tuple[list[int], list[int]]]  # (prompt, completion) pairs of token ids
+
+
+class UsageError(ValueError):
+    """Something the user can mend: the message is one sentence that says what is wrong and how."""
+
+
+# 1 Configuration ======================================================================================================
+
+DATA = "https://raw.githubusercontent.com/Trae1ounG/BuPO/HEAD/data/"  # the authors' problems
+SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
+
+
+CHOICES = dict(
+    internal_norm=("final", "none"), average=("token", "sequence"), precision=("auto", "float32", "bfloat16")
+)
+
+
+def setting(tiny, other, help: str, least: float = 0) -> Any:
+    """A `Config` field: its default for the built-in model, its default for other models, its --help, its minimum."""
+    return field(default=None, metadata=dict(tiny=tiny, other=other, help=help, least=least))
+
+
+@dataclass
+class Config:
+    """The settings of a run; each is a flag. What is not given takes the default of its model's column."""
+
+    # The problems:      for the built-in model, for any other
+    model: str = setting("tiny", "none", "tiny (built in), a Hub id, a folder, or the folder of a run")
+    dataset: str = setting("arithmetic", DATA + "deepmath-5k.parquet", "training problems (paper: these 5,000)")
+    eval_dataset: str = setting("arithmetic-heldout", DATA + "math500.parquet", "held-out problems (paper: 4 sets)")
+    train_problems: int = setting(0, 0, "use only the first so many training problems; 0 is all (paper: all)")
+    system: str = setting("", SYSTEM, "system message for problems that bring none (paper: this one)")
+    thinking: bool = setting(False, False, "let Qwen3's template open a thinking block (paper: no)")
+    # The method:
+    internal_layer: str = setting("3", "auto", "l of phase 1, from 1; auto: the boundary layer (paper: Qwen3-4B 6)")
+    internal_steps: int = setting(10, 30, "steps of phase 1, on pi^l; 0 is plain GRPO (paper: 30 or 20)")
+    internal_norm: str = setting("final", "final", "final or none: norm before lm_head in pi^l (paper: both)")
+    average: str = setting("token", "token", "token or sequence: what the loss is a mean over (paper: both)")
+    clip: float = setting(0.2, 0.2, "clip ratio, epsilon (paper: 0.2)", least=1e-6)
+    # The recipe:
+    steps: int = setting(60, 300, "training steps, a rollout each; 0 only evaluates (paper: 300)")
+    prompts: int = setting(32, 32, "problems per step (paper: 128)", least=1)
+    group: int = setting(8, 8, "completions per problem, G (paper: 8)", least=2)
+    mini_batch: int = setting(16, 8, "problems per optimizer update; divides --prompts (paper: 32)", least=1)
+    lr: float = setting(1e-4, 1e-6, "learning rate of AdamW (paper: 1e-6)")
+    lr_ramp: int = setting(5, 1, "steps in which the learning rate rises to --lr (paper: 1)", least=1)
+    beta1: float = setting(0.9, 0.9, "AdamW's decay of the first moment (paper: 0.9)")
+    beta2: float = setting(0.999, 0.999, "AdamW's decay of the second moment (paper: 0.999)")
+    weight_decay: float = setting(0.01, 0.01, "AdamW's weight decay (paper: 0.01)")
+    grad_clip: float = setting(1.0, 1.0, "largest gradient norm (paper: 1.0)", least=1e-6)
+    temperature: float = setting(1.0, 1.0, "of rollouts and all log-probabilities (paper: 1.0)", least=1e-6)
+    max_prompt: int = setting(40, 1024, "tokens; longer prompts are dropped and counted (paper: 1,024)", least=1)
+    max_completion: int = setting(40, 2048, "tokens; the rest is cut off and counted (paper: 7,168)", least=1)
+    # Evaluation:
+    eval_every: int = setting(20, 50, "steps between evaluations, beside first and last (paper: 30)", least=1)
+    eval_problems: int = setting(256, 100, "held-out problems to use; 0 evaluates nothing (paper: all)")
+    eval_k: int = setting(4, 4, "completions per held-out problem, for avg@k and pass@k (paper: 16 or 32)", least=1)
+    eval_temperature: float = setting(1.0, 1.0, "of evaluation; 0 is greedy (paper: 1.0)")
+    # The machine:
+    rows: int = setting(256, 128, "sequences decoded at once: bounds the memory of rollouts", least=1)
+    micro_tokens: int = setting(16384, 16384, "tokens per forward and backward pass: bounds that of updates", least=1)
+    head_tokens: int = setting(1024, 1024, "tokens that have logits at the same time", least=1)
+    recompute: bool = setting(False, True, "recompute activations in the backward pass: slower, much less memory")
+    device: str = setting("auto", "auto", "auto, cpu, cuda or cuda:N")
+    precision: str = setting("auto", "auto", "auto, float32 or bfloat16, to compute in; auto: bfloat16 on CUDA")
+    # The run:
+    warm_up_steps: int = setting(700, 0, "supervised steps first; only the built-in model needs them")
+    seed: int = setting(0, 0, "of everything random")
+    save_every: int = setting(20, 10, "steps between checkpoints, beside the last", least=1)
+    keep: int = setting(2, 2, "checkpoints to keep; 0 keeps all")
+    out: str = setting("", "", "folder to write, new or empty; default: runs/MODEL-DATE-TIME")
+
+    def __post_init__(self):
+        self.model = self.model or "tiny"
+        column = "tiny" if origin(self.model) == "tiny" else "other"
+        for f in fields(self):
+            if getattr(self, f.name) is None:
+                setattr(self, f.name, f.metadata[column])
+            flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
+            if value not in CHOICES.get(f.name, [value]):
+                raise UsageError(f"{flag} must be one of {', '.join(CHOICES[f.name])}, not {value!r}.")
+            if f.type in (int, float) and not f.metadata["least"] <= value < math.inf:
+                raise UsageError(f"{flag} must be a number from {f.metadata['least']} on, not {value}.")
+        if self.prompts % self.mini_batch:
+            raise UsageError(f"--mini-batch {self.mini_batch} must divide --prompts {self.prompts}.")
+        self.internal_layer = str(self.internal_layer)
+        if self.internal_layer != "auto" and not self.internal_layer.isdecimal():
+            raise UsageError(f"--internal-layer must be a number from 1 on, or auto, not {self.internal_layer!r}.")
+
+
+def origin(model: str) -> str:
+    """The name of the model that a run started from; the name itself if it is not the folder of a run."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(Path(model, "config.json").read_text(encoding="utf-8")).get("model", model)
+    return model
+
+
+# 2 Problems ===========================================================================================================
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the model is asked, as chat messages ({"role", "content"} each), and the answer that earns the reward."""
+
+    messages: list[dict]
+    answer: str
+
+
+QUESTION_COLUMNS = "prompt", "question", "problem", "input", "query"
+ANSWER_COLUMNS = "reward_model", "final_answer", "answer", "ground_truth", "expected_answer", "solution", "target"
+
+
+def load_problems(source: str, limit: int | None = None, system: str = SYSTEM) -> list[Problem]:
+    r"""Read problems, `limit` of them at most, and say in a line which columns they came from.
+
+    source: 'arithmetic' or 'arithmetic-heldout' (built in), a .parquet, .json, .jsonl or .csv file or its URL, or a
+    data set on the Hub as ID, ID:SPLIT or ID:CONFIG:SPLIT. The question is the first of QUESTION_COLUMNS that is
+    there, as text or as chat messages; the answer is the first of ANSWER_COLUMNS (of `reward_model`, its
+    `ground_truth`), and of it what follows '####' (GSM8K) or stands in \boxed{} (MATH), if it has either. Rows without
+    a question or an answer are dropped and counted. Raises UsageError if that leaves nothing.
+    """
+    if source in ("arithmetic", "arithmetic-heldout"):
+        return arithmetic_problems(heldout=source.endswith("heldout"))[:limit]
+    rows = read_rows(source)
+    columns = []
+    for kind, known in (("question", QUESTION_COLUMNS), ("answer", ANSWER_COLUMNS)):
+        columns += [c for c in known if c in rows.column_names][:1] or [None]
+        if columns[-1] is None:
+            mend = f"rename one to {known[0]}" if kind == "question" else "rename one to answer"
+            raise UsageError(f"{source} has no {kind} column, only {', '.join(rows.column_names)}; {mend}.")
+    problems, rows = [], rows.select_columns(columns).select(range(min(limit or len(rows), len(rows))))
+    for row in rows:
+        messages, answer = as_messages(row[columns[0]], system), as_answer(row[columns[1]])
+        if messages and answer:
+            problems.append(Problem(messages, answer))
+    if not problems:
+        raise UsageError(f"{source} has no row with both a question and an answer; give a data set that has some.")
+    dropped = f"; {len(rows) - len(problems)} rows lack one" if len(problems) < len(rows) else ""
+    print(f"Problems    {len(problems)} of {source} (question: {columns[0]}, answer: {columns[1]}{dropped})")
+    return problems
+
+
+def read_rows(source: str) -> Any:
+    """The rows of a file, a URL or a Hub data set, as a `datasets.Dataset`."""
+    import datasets  # slow to import, and the built-in task needs none of it
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    kinds = dict(parquet="parquet", json="json", jsonl="json", csv="csv")
+    kind, local = kinds.get(source.partition("?")[0].rpartition(".")[2].lower()), "://" not in source
+    try:
+        if kind:
+            return datasets.load_dataset(kind, data_files=source, split="train")
+        name, *rest = source.split(":")
+        found = datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else None)
+        if isinstance(found, datasets.DatasetDict):
+            found = found["train"] if "train" in found else next(iter(found.values()))
+        return found
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+        if kind and local and not Path(source).is_file():
+            raise UsageError(f"The file {source} does not exist; check the path.") from error
+        if isinstance(error, StopIteration) or "no data" in str(error):
+            raise UsageError(f"{source} has no rows; give a data set that has some.") from error
+        if kind and local:
+            raise UsageError(f"{source} cannot be read as {kind}; give a {kind} file, in UTF-8.") from error
+        mend = "check its name and the connection, or give a local parquet, json or csv file"
+        raise UsageError(f"The data set {source} cannot be loaded ({first_line(error)}); {mend}.") from error
+
+
+def as_messages(question: Any, system: str) -> list[dict]:
+    """A question, text or chat messages, as chat messages, the system message first; [] where there is no question."""
+    if isinstance(question, list):
+        messages = [dict(role=m["role"], content=m["content"]) for m in question if m and m.get("content")]
+    else:
+        text = "" if question is None else str(question).strip()
+        messages = [dict(role="user", content=text)] if text else []
+    if messages and messages[0]["role"] != "system" and system:
+        return [dict(role="system", content=system), *messages]
+    return messages
+
+
+def as_answer(value: Any) -> str:
+    """An answer of any type as text, '' if there is none."""
+    if isinstance(value, dict):
+        value = value.get("ground_truth")
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        value = int(value)  # whole numbers with a gap among them are read as floats
+    if value is None or value != value:  # nan is unequal to itself
+        return ""
+    text = str(value).rpartition("####")[2].strip()
+    return extract_boxed(text) or text
+
+
+def arithmetic_problems(heldout: bool = False, count: int = 20000) -> list[Problem]:
+    r"""The built-in task: sums of 3 or 4 additions and subtractions of digits, worked from left to right within 0..20.
+
+    A guess is rarely right; writing down the partial results (`worked_solution`) makes it easy. About an eighth of
+    the problems, those whose text has a hash divisible by 8, are held out: no training ever sees them.
+    """
+    rng, problems = random.Random(0), {}
+    while len(problems) < count:
+        value = rng.randint(1, 9)
+        text = str(value)
+        for _ in range(rng.choice((3, 4))):
+            digit = rng.randint(1, 9)
+            sign = rng.choice([s for s, v in (("+", value + digit), ("-", value - digit)) if 0 <= v <= 20])
+            value += digit if sign == "+" else -digit
+            text += sign + str(digit)
+        problems[text] = str(value)
+    return [
+        Problem([{"role": "user", "content": text}], answer)
+        for text, answer in problems.items()
+        if (zlib.crc32(text.encode()) % 8 == 0) == heldout
+    ]
+
+
+def worked_solution(text: str) -> str:
+    r"""'7-1+3-8' -> '7-1=6;6+3=9;9-8=1\boxed{1}'."""
+    value, *rest = re.findall(r"[+-]?\d", text)
+    lines, value = [], int(value)
+    for term in rest:
+        lines.append(f"{value}{term}={value + int(term)}")
+        value += int(term)
+    return ";".join(lines) + rf"\boxed{{{value}}}"
+
+
+# 3 Reward: 1 if the boxed answer is right =============================================================================
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{...} (or \fbox{...}) whose braces balance, None if there is none. Linear time."""
+    last, open_braces = None, []
+    for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
+        if token[0] == "}" and open_braces:
+            opener = open_braces.pop()
+            if len(opener[0]) > 1 and (last is None or opener.start() > last[0]):
+                last = opener.start(), text[opener.end() : token.start()]
+        elif token[0].endswith("{") and token[0] != r"\{":
+            open_braces.append(token)
+    return last and last[1].strip()
+
+
+def math_reward(completion: str, answer: str) -> float:
+    r"""1.0 if the last \boxed{} of the completion holds the answer, else 0.0. Never raises, never hangs.
+
+    Both sides are brought to one spelling and compared as text, two plain numbers as exact fractions. What is left
+    goes to math-verify, unless it is very long or has a number base (52_8, which math-verify would read as 52).
+    """
+    boxed = extract_boxed(completion)
+    if boxed is None:
+        return 0.0
+    (given, given_unit), (gold, gold_unit) = split_unit(normalise(boxed)), split_unit(normalise(answer))
+    if given_unit and gold_unit and given_unit != gold_unit:
+        return 0.0
+    if given.replace(" ", "") == gold.replace(" ", ""):
+        return 1.0
+    if not given or len(given) + len(gold) > 600 or re.search(r"\d_\w", given + " " + gold):
+        return 0.0
+    numbers = plain_number(given), plain_number(gold)
+    if None not in numbers:
+        return float(numbers[0] == numbers[1])
+    return float(same_value(gold, given))
+
+
+SPELLINGS = [  # what is written in several ways -> the one way we keep
+    (r"(?<!\\)\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])|(?<!\\)\\[!,;:()\[\] ]|\$|~", " "),  # layout
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"([_^])\s*\{(\w)\}", r"\1\2"),
+    (r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|operatorname)\s*\{", r"\\text{"),
+    (r"^\s*\\text\{([^{}]*)\}\s*$", r"\1"),  # \text{Yes} -> Yes
+    (r"\s*(?:\^\s*\{?\\circ\}?|\\degree|\\?%)\s*$", ""),  # degrees and per cent
+    (r"^\s*\(([A-Za-z])\)\s*$", r"\1"),  # (C) -> C, a multiple choice
+]
+
+
+def normalise(text: str) -> str:
+    """One spelling of an answer: no layout or thousands separators, single spaces, plain words in lower case."""
+    text = text[:1000].replace("{,}", ",").replace("\N{MINUS SIGN}", "-")
+    for pattern, replacement in SPELLINGS:
+        text = re.sub(pattern, replacement, text.strip().rstrip("."))
+    text = " ".join(text.split())
+    if re.fullmatch(r"[-+]?\d{1,3}( ?, ?\d{3})+(\.\d+)?|[-+]?\d{1,3}( \d{3})+(\.\d+)?", text):
+        return re.sub("[, ]", "", text)
+    return text.lower() if re.fullmatch(r"(?i)no|[a-z]{3,}([ '-][a-z]+)*", text) else text
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    r"""'5 \text{ cm}^2' -> ('5', 'cm^2'): a number and the words after it; (text, '') for anything else."""
+    unit = r"(?:\\text\{([^{}]*)\}| ([a-zA-Z]{2,}(?: [a-zA-Z]+)*))((?:\^[23])?)"
+    match = re.fullmatch(rf"([-+]?(?:[\d.,/]+|\\frac\{{\d+\}}\{{\d+\}})) ?{unit}", text)
+    return (match[1], (match[2] or match[3] or "").strip().lower() + match[4]) if match else (text, "")
+
+
+def plain_number(text: str) -> Fraction | None:
+    """The exact value of an integer, a decimal or a quotient of integers, plain or as a LaTeX fraction; else None."""
+    text = re.sub(r"^([-+]?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", text).replace(" ", "").removeprefix("+")
+    return Fraction(text) if re.fullmatch(r"-?(\d+\.?|\d*\.\d+|\d+/0*[1-9]\d*)", text, re.ASCII) else None
+
+
+CHECK_SECONDS = 3  # a fair comparison takes milliseconds, the slowest of the paper's answers 0.4 s
+CHECKER = rf"""
+import faulthandler, json, os, sys
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+except ImportError:
+    pass  # a system without limits
+sys.set_int_max_str_digits(0)
+spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
+latex = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=spelling)]
+nowhere = open(os.devnull, "w")
+for line in sys.stdin:
+    faulthandler.dump_traceback_later({CHECK_SECONDS}, exit=True, file=nowhere)
+    try:
+        gold, given = (parse("\\boxed{{" + s + "}}", latex, parsing_timeout=None) for s in json.loads(line))
+        same = verify(gold, given, timeout_seconds=None)
+    except Exception:
+        same = False
+    faulthandler.cancel_dump_traceback_later()
+    print(int(same), flush=True)
+"""
+
+
+class AnswerChecker:
+    """math-verify in a child process, which its own watchdog ends when an answer such as 9^{9^{9^9}} takes too long.
+
+    A child process because sympy can hold the interpreter for minutes where no time-out reaches it. The watchdog is a
+    C thread inside the child, so this works from any thread and on any system; no answer can stall training.
+    """
+
+    child = None
+
+    def __call__(self, gold: str, given: str) -> bool:
+        if self.child is None or self.child.poll() is not None:
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="ascii")
+            self.child = subprocess.Popen([sys.executable, "-c", CHECKER], start_new_session=True, **pipes)
+        try:
+            self.child.stdin.write(json.dumps([gold, given]) + "\n")
+            self.child.stdin.flush()
+            verdict = self.child.stdout.readline()
+        except BrokenPipeError:
+            verdict = ""
+        if not verdict:  # the watchdog struck, or someone killed the child: a new one next time
+            self.child.kill()
+            self.child.communicate()
+            self.child = None
+        return verdict == "1\n"
+
+
+CHECKERS = [AnswerChecker() for _ in range(4)]  # several, so that one slow answer does not hold up the others
+IDLE = queue.LifoQueue()
+for idle in CHECKERS:
+    IDLE.put(idle)
+
+
+@functools.lru_cache(maxsize=100_000)
+def same_value(gold: str, given: str) -> bool:
+    """Whether math-verify takes the two answers for the same value. Remembered: in RL the same answers come often."""
+    checker = IDLE.get()
+    try:
+        return checker(gold, given)
+    finally:
+        IDLE.put(checker)
+
+
+def math_rewards(completions: list[str], answers: list[str]) -> list[float]:
+    """`math_reward` of many pairs, a few at a time."""
+    with ThreadPoolExecutor(len(CHECKERS)) as pool:
+        return list(pool.map(math_reward, completions, answers))
+
+
+# 4 Model ==============================================================================================================
+
+
+def load_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> tuple[Model, Tokenizer]:
+    """A causal language model with float32 weights, in evaluation mode, and its tokenizer.
+
+    name: 'tiny' (the built-in Qwen3 with random weights drawn from `seed`: see `warm_up`), a Hub id, a folder in the
+    Hugging Face layout, or the folder of a finished run. Only safetensors are read, and no code of a checkpoint is run.
+    Raises UsageError if the model cannot be had or is not Llama-like (`check_model`).
+    """
+    if name == "tiny":
+        model, tokenizer = tiny_model(seed)
+    else:
+        run = Path(name, "metrics.jsonl").exists()
+        source = str(Path(name, "model")) if run else name
+        if run and not Path(source).exists():
+            raise UsageError(
+                f"The run {name} has no model yet; finish it with --resume, or name one of its checkpoints."
+            )
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+            known = (
+                "it is no folder with a model in the Hugging Face layout" if Path(name).exists() else first_line(error)
+            )
+            raise UsageError(
+                f"The model {name} cannot be loaded ({known}); check the name and the connection."
+            ) from error
+        generation = model.generation_config
+        if generation.temperature or generation.top_k or generation.top_p:
+            generation.do_sample = True  # without it, transformers refuses to save such settings with the trained model
+    check_model(model)
+    return model.to(device), tokenizer
+
+
+def check_model(model: Model) -> None:
+    """Refuse a model unless H^l = H^(l-1) + A^l + F^l in each block and its logits are lm_head(norm(H^L))."""
+
+    def refuse(reason: str):
+        use = "use a Llama, Mistral, Qwen2, Qwen3 or SmolLM2"
+        raise UsageError(f"{type(model).__name__} is not Llama-like, so it has no internal policies ({reason}); {use}.")
+
+    decoder, parts = model.get_decoder(), ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+    if not (hasattr(decoder, "layers") and hasattr(decoder, "norm") and model.get_output_embeddings() is not None):
+        refuse("it lacks layers, a final norm or lm_head")
+    if not all(hasattr(block, part) for block in decoder.layers for part in parts):
+        refuse(f"a block lacks one of {', '.join(parts)}")
+    seen, ids = {}, torch.arange(8)[None] % model.config.vocab_size  # (1, 8)
+    with torch.no_grad(), residual_stream(model, lambda name, layer, tensor: seen.update({(name, layer): tensor})):
+        logits = model(input_ids=ids, use_cache=False).logits  # (1, 8, V)
+        for layer in range(1, len(decoder.layers) + 1):
+            sum_of_writes = seen["layer", layer - 1] + seen["attention", layer] + seen["ffn", layer]  # (1, 8, D)
+            if not torch.allclose(sum_of_writes, seen["layer", layer], rtol=1e-3, atol=1e-3):
+                refuse(f"block {layer} does not add its attention and its FFN to the residual stream")
+        if not torch.allclose(policy_logits(model, seen["layer", len(decoder.layers)]), logits, rtol=1e-3, atol=1e-3):
+            refuse("its logits are not lm_head(norm(H^L))")
+
+
+def tiny_model(seed: int) -> tuple[Model, Tokenizer]:
+    """A Qwen3 of 6 blocks and 327 thousand weights, and a tokenizer of a character per token, and `\\boxed{` is one."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    special = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
+    tokens = [*special, "\\boxed{", "\n", *map(chr, range(32, 127))]
+    backend = Backend(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(special)
+    names = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>"
+
+    size = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, max_position_embeddings=512)
+    heads = dict(num_attention_heads=4, num_key_value_heads=4, head_dim=16)
+    ends = dict(pad_token_id=0, bos_token_id=None, eos_token_id=1)
+    start = dict(vocab_size=len(tokens), tie_word_embeddings=True, initializer_range=0.08)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**start, **size, **heads, **ends))
+    return model.eval(), tokenizer
+
+
+def warm_up(model: Model, tokenizer: Tokenizer, steps: int, seed: int = 0) -> None:
+    r"""Teach the built-in model what an answer looks like, as pretraining would: `steps` batches of 32, cross-entropy.
+
+    A random model earns no reward, so RL would have nothing to learn from. 40 % of the examples work the problem out
+    (`worked_solution`) and 60 % are careless: `\boxed{n}` at once, n off by up to 3. The careless style is planted, as
+    pretraining data have both styles too. Which of them pays is for RL to find out, from the reward alone: accuracy
+    and completion length then rise together. No held-out problem is used.
+    """
+    rng, problems = random.Random(seed), arithmetic_problems()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    model.train()
+    for step in tqdm(range(1, steps + 1), desc="warm-up", leave=False):
+        batch = []
+        for problem in rng.sample(problems, 32):
+            guess = max(0, int(problem.answer) + rng.randint(-3, 3))
+            worked = worked_solution(problem.messages[0]["content"])
+            text = worked if rng.random() < 0.4 else rf"\boxed{{{guess}}}"
+            target = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            batch.append((encode(tokenizer, problem), target))
+        logps, _ = token_logps(model, *pad(batch, model.device), layer=len(model.get_decoder().layers))  # (N,)
+        (-logps.mean()).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, step / 50) * (1 + math.cos(math.pi * step / steps)) / 2  # a ramp, then a cosine
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def encode(tokenizer: Tokenizer, problem: Problem, thinking: bool = False) -> list[int]:
+    """The token ids of a problem, ready to be completed: by the chat template, or as plain text if there is none."""
+    messages = problem.messages
+    if tokenizer.chat_template is None:
+        return tokenizer("\n\n".join(m["content"] for m in messages) + "\n\n").input_ids
+    if messages[0]["role"] == "system" and "system" not in tokenizer.chat_template:  # the template knows no such role
+        messages = [dict(role="user", content="\n\n".join(m["content"] for m in messages[:2])), *messages[2:]]
+    settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+    return tokenizer(tokenizer.apply_chat_template(messages, **settings), add_special_tokens=False).input_ids
+
+
+def decode(tokenizer: Tokenizer, completion: "Completion") -> str:
+    """The text of a completion, without special tokens."""
+    return tokenizer.decode(completion.ids, skip_special_tokens=True)
+
+
+def end_tokens(model: Model, tokenizer: Tokenizer) -> set[int]:
+    """Every token id that ends a completion: those of the generation settings, and the tokenizer's own."""
+    ids = model.generation_config.eos_token_id
+    return {i for i in (*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id) if i is not None}
+
+
+# 5 Rollouts ===========================================================================================================
+
+
+@dataclass
+class Completion:
+    """A sampled completion: its token ids (the end token too), and for each its log-probability and pi's entropy."""
+
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)  # nats
+    ended: bool = False  # by an end token, not by the length limit
+
+
+class SlotCache:
+    """Keys and values of the sequences being decoded: row i of the batch owns slot i, its token at position t column t.
+
+    So sequences of different lengths need no left padding, a finished row's slot can be taken over at once, and a step
+    writes one column per row. Columns beyond a row's position are masked; they hold zeros or wait to be overwritten.
+    One tensor of keys and one of values per block, (slots, kv_heads, columns, head_dim).
+    """
+
+    def __init__(self, slots: int):
+        self.slots, self.keys, self.values = slots, [], []
+
+    def enter(self, first: int, prompts: transformers.DynamicCache) -> None:
+        """Copy the keys and values of n prompts just read into slots first..first+n-1."""
+        for i, block in enumerate(b for b in prompts.layers if b.keys is not None):  # a cut model leaves the rest empty
+            n, heads, columns, size = block.keys.shape
+            if len(self.keys) == i:
+                self.keys.append(block.keys.new_zeros(self.slots, heads, columns, size))
+                self.values.append(block.values.new_zeros(self.slots, heads, columns, size))
+            self.widen(i, columns)
+            self.keys[i][first : first + n, :, :columns] = block.keys
+            self.values[i][first : first + n, :, :columns] = block.values
+
+    def widen(self, i: int, columns: int) -> None:
+        """Make room for so many columns, and for 256 more, so that this is rare."""
+        missing = columns - self.keys[i].shape[2]
+        if missing > 0:
+            self.keys[i] = F.pad(self.keys[i], (0, 0, 0, missing + 256))
+            self.values[i] = F.pad(self.values[i], (0, 0, 0, missing + 256))
+
+    def move(self, row: int, slot: int) -> None:
+        """The sequence of `row` goes on in `slot`."""
+        for store in (*self.keys, *self.values):
+            store[slot] = store[row]
+
+    def seek(self, position: Tensor) -> Tensor:
+        """Before a decoding step: the column of each row, (n,). Returns what each may see, (n, 1, 1, columns)."""
+        self.position, self.columns = position, int(position.max()) + 1
+        return (torch.arange(self.columns, device=position.device) <= position[:, None])[:, None, None]
+
+    def update(self, key: Tensor, value: Tensor, i: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """Called by block i: write a key and a value per row, (n, kv_heads, 1, head_dim), and return all there are."""
+        n, rows = len(key), torch.arange(len(key), device=key.device)
+        self.widen(i, self.columns)
+        self.keys[i][rows, :, self.position] = key[:, :, 0]
+        self.values[i][rows, :, self.position] = value[:, :, 0]
+        return self.keys[i][:n, :, : self.columns], self.values[i][:n, :, : self.columns]
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    eos_ids: set[int] | list[int],
+    temperature: float = 1.0,
+    rows: int = 128,
+    generator: torch.Generator | None = None,
+    bar: str | None = None,
+) -> list[Completion]:
+    """Sample one completion of every prompt from the full softmax of the model: no top-k, no top-p, no penalties.
+
+    prompts: lists of token ids. At most `rows` sequences are decoded at once; a finished one leaves the batch, and
+    the next prompt takes its place. Temperature 0 is greedy (its log-probabilities and entropies are those of
+    temperature 1). generator: a torch.Generator on the model's device; bar: the name of a progress bar. Returns the
+    completions in the order of the prompts, each of 1 to max_new_tokens tokens.
+    """
+    model.eval()  # in training mode with activation checkpointing, transformers drops the cache without a word
+    decoder, lm_head, device = model.get_decoder(), model.get_output_embeddings(), model.device
+    completions = [Completion() for _ in prompts]
+    waiting, running = deque(range(len(prompts))), []  # numbers of prompts; running[i] is in row i
+    cache = SlotCache(min(rows, len(prompts)))
+    hidden = torch.empty(
+        0, model.config.hidden_size, dtype=model.dtype, device=device
+    )  # (n, D), of each row's last token
+    position = torch.empty(0, dtype=torch.long, device=device)  # (n,), of each row's next token
+    progress = tqdm(total=len(prompts), desc=bar, leave=False, disable=None if bar else True)
+    while waiting or running:
+        free = cache.slots - len(running)
+        if waiting and free >= min(len(waiting), max(1, rows // 8)):  # several prompts at a time are read faster
+            new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in new], batch_first=True)  # (k, T)
+            lengths = torch.tensor([len(prompts[i]) for i in new], device=device)  # (k,)
+            read = decoder(input_ids=ids.to(device), use_cache=True)
+            cache.enter(len(running), read.past_key_values)
+            last = read.last_hidden_state[torch.arange(len(new), device=device), lengths - 1]  # (k, D)
+            hidden, position = torch.cat([hidden, last]), torch.cat([position, lengths])
+            running += new
+
+        logps = (lm_head(hidden).float() / (temperature or 1.0)).log_softmax(-1)  # (n, V)
+        probabilities = logps.exp()  # (n, V)
+        if temperature == 0:
+            tokens = logps.argmax(-1)  # (n,)
+        else:
+            tokens = torch.multinomial(probabilities, 1, generator=generator)[:, 0]  # (n,)
+        chosen = logps.gather(-1, tokens[:, None])[:, 0]  # (n,)
+        entropies = -(probabilities * logps).sum(-1)  # (n,) Eq. 7
+        going = []
+        for i, token, logp, entropy in zip(running, tokens.tolist(), chosen.tolist(), entropies.tolist(), strict=True):
+            done = completions[i]
+            done.ids.append(token)
+            done.logps.append(logp)
+            done.entropies.append(entropy)
+            done.ended = token in eos_ids
+            going.append(not done.ended and len(done.ids) < max_new_tokens)
+
+        order = list(range(len(running)))  # order[slot] is the row that goes on there: the last rows fill the gaps
+        for row in reversed(range(len(running))):
+            if not going[row]:
+                last_row = order.pop()
+                if row < len(order):
+                    order[row] = last_row
+                    cache.move(last_row, row)
+        progress.update(len(running) - len(order))
+        running = [running[row] for row in order]
+        hidden, position = hidden[:0], position[order]  # (0, D), (n,)
+        if running:
+            inputs = dict(input_ids=tokens[order, None], position_ids=position[:, None])  # (n, 1) each
+            mask = cache.seek(position)  # (n, 1, 1, columns)
+            step = decoder(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True)
+            hidden = step.last_hidden_state[:, 0]  # (n, D)
+            position = position + 1
+    progress.close()
+    return completions
+
+
+# 6 Internal policies ==================================================================================================
+
+
+@contextlib.contextmanager
+def first_layers(model: Model, layer: int, norm: bool = True) -> Iterator[None]:
+    """Inside this context the model has only its first `layer` blocks, and no final norm if `norm` is False.
+
+    So `model` *is* the internal policy pi^l: lm_head(norm(H^l)), or lm_head(H^l). Only forward passes belong inside; a
+    backward pass may follow later. (parameters() and save_pretrained() would see the cut model.)
+    """
+    decoder = model.get_decoder()
+    layers, final_norm = decoder.layers, decoder.norm
+    decoder.layers, decoder.norm = layers[:layer], final_norm if norm else nn.Identity()
+    try:
+        yield
+    finally:
+        decoder.layers, decoder.norm = layers, final_norm
+
+
+def internal_hidden(model: Model, ids: Tensor, layer: int) -> Tensor:
+    """The residual stream H^l after block l, before any final norm; runs blocks 1..l only.
+
+    ids (B, T), int64, padded on the right with anything: causal attention never looks there. layer: 0..L, where H^0
+    are the embeddings. Returns (B, T, D), the `hidden_states[layer]` of a full forward pass, gradients too, but for
+    layer = L not yet normed. Raises UsageError for a layer that is not there.
+    """
+    if not 0 <= layer <= len(model.get_decoder().layers):
+        raise UsageError(f"There is no layer {layer}: this model has layers 1 to {len(model.get_decoder().layers)}.")
+    with first_layers(model, layer, norm=False):
+        return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def policy_logits(model: Model, hidden: Tensor, norm: bool = True) -> Tensor:
+    """Logits (..., V) of the policy that speaks from `hidden` (..., D): E_u norm(h), or E_u h without the norm.
+
+    With H^L this is the policy (Eq. 1), with H^l an internal layer policy (Eq. 5), with A^l or F^l and no norm an
+    internal modular policy (Eq. 6).
+    """
+    return model.get_output_embeddings()(model.get_decoder().norm(hidden) if norm else hidden)
+
+
+def pad(sequences: Sequences, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """(prompt, completion) pairs of token ids -> ids (B, T), padded on the right, and mask (B, T), True on completions.
+
+    The mask comes from the lengths, never from token values: a pad id may well be an end id.
+    """
+    ids = nn.utils.rnn.pad_sequence([torch.tensor([*prompt, *completion]) for prompt, completion in sequences], True)
+    column = torch.arange(ids.shape[1])  # (T,)
+    starts = torch.tensor([[len(prompt)] for prompt, _ in sequences])  # (B, 1)
+    ends = torch.tensor([[len(prompt) + len(completion)] for prompt, completion in sequences])  # (B, 1)
+    return ids.to(device), ((starts <= column) & (column < ends)).to(device)
+
+
+def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
+    """Split sequence numbers into groups that, padded to their longest, hold at most `tokens` tokens, or one sequence.
+
+    Shortest first, so that little of a group is padding.
+    """
+    groups = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not groups or (len(groups[-1]) + 1) * lengths[i] > tokens:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def token_logps(
+    model: Model,
+    ids: Tensor,
+    mask: Tensor,
+    layer: int,
+    norm: bool = True,
+    temperature: float = 1.0,
+    head_tokens: int = 1024,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """log pi^l of each token where mask is True, given all tokens before it; if asked, the entropies of pi^l there too.
+
+    ids and mask (B, T) as from `pad`. Returns log-probabilities (N,) of the N masked tokens, row by row, and entropies
+    (N,), without gradient, or None; float32, nats. The final norm always applies at layer = L. Only the positions that
+    predict a masked token go through lm_head, `head_tokens` at a time, and the backward pass computes their logits
+    again: all logits at once, (B, T, V) in float32, are what runs a GPU out of memory.
+    """
+    norm = norm or layer == len(model.get_decoder().layers)
+    hidden = internal_hidden(model, ids, layer)[:, :-1][mask[:, 1:]]  # (N, D), of the position before each token
+    targets = ids[:, 1:][mask[:, 1:]]  # (N,)
+
+    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        logps = (policy_logits(model, hidden, norm).float() / temperature).log_softmax(-1)  # (n, V)
+        fixed = logps.detach()
+        entropies = -(fixed.exp() * fixed).sum(-1) if entropy else None  # (n,) Eq. 7
+        return logps.gather(-1, targets[:, None])[:, 0], entropies
+
+    chunks = zip(hidden.split(head_tokens), targets.split(head_tokens), strict=True)
+    logps, entropies = zip(*(checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks), strict=True)
+    return torch.cat(logps), torch.cat(entropies) if entropy else None
+
+
+@contextlib.contextmanager
+def residual_stream(model: Model, visit: Callable[[str, int, Tensor], Any]) -> Iterator[None]:
+    """Inside this context a forward pass calls visit(name, layer, tensor), tensor (B, T, D), as the blocks compute.
+
+    The names, for l = 1..L: 'attention_input' LN(H^(l-1)), 'attention' A^l, 'ffn_input' LN(H^(l-1) + A^l), 'ffn' F^l
+    and 'layer' H^l = H^(l-1) + A^l + F^l; before them comes ('layer', 0), the embeddings.
+    """
+
+    def watch(module: nn.Module, name: str, layer: int):
+        def hook(module, inputs, output):
+            visit(name, layer, output[0] if isinstance(output, tuple) else output)
+
+        hooks.append(module.register_forward_hook(hook))
+
+    hooks = []
+    try:
+        watch(model.get_input_embeddings(), "layer", 0)
+        for layer, block in enumerate(model.get_decoder().layers, start=1):
+            watch(block.input_layernorm, "attention_input", layer)
+            watch(block.self_attn, "attention", layer)
+            watch(block.post_attention_layernorm, "ffn_input", layer)
+            watch(block.mlp, "ffn", layer)
+            watch(block, "layer", layer)
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def entropy_profile(
+    model: Model,
+    sequences: Sequences,
+    norm: bool = True,
+    names: tuple[str, ...] = ("layer", "attention_input", "attention", "ffn_input", "ffn"),
+    micro_tokens: int = 16384,
+    head_tokens: int = 1024,
+) -> dict[str, list[float]]:
+    """Mean entropy, in nats per completion token, of every internal policy of the model (Eq. 5 to 7).
+
+    sequences: (prompt, completion) pairs of token ids. Returns for each of `names` a list: under 'layer' L + 1 numbers,
+    of H^0..H^L through the final norm, or without it if `norm` is False (H^L: always with it); under the others L
+    numbers, of LN(H^(l-1)), A^l, LN(H^(l-1) + A^l) and F^l, without the final norm. The entropy changes are
+    'layer'[l] - 'layer'[l-1] (Eq. 8, 11), 'attention' - 'attention_input' (Eq. 12) and 'ffn' - 'ffn_input' (Eq. 13).
+    """
+    model.eval()
+    last = len(model.get_decoder().layers)
+    sums = {name: [0.0] * (last + (name == "layer")) for name in names}
+    for group in micro_batches([len(p) + len(c) for p, c in sequences], micro_tokens):
+        ids, mask = pad([sequences[i] for i in group], model.device)
+
+        def add(name: str, layer: int, tensor: Tensor, mask: Tensor = mask):
+            normed = name == "layer" and (norm or layer == last)
+            for hidden in tensor[:, :-1][mask[:, 1:]].split(head_tokens) if name in names else ():  # (n, D)
+                logps = policy_logits(model, hidden, normed).float().log_softmax(-1)  # (n, V)
+                sums[name][layer - (name != "layer")] -= float((logps.exp() * logps).sum())
+
+        with residual_stream(model, add):
+            model.get_decoder()(input_ids=ids, use_cache=False)
+    tokens = sum(len(completion) for _, completion in sequences)
+    return {name: [value / tokens for value in values] for name, values in sums.items()}
+
+
+def boundary_layer(ffn_entropy_change: list[float], tolerance: float = 0.1) -> int:
+    """The last layer of the exploring region, counted from 1: the one whose internal policy the paper optimises.
+
+    ffn_entropy_change: H(F^l) - H(LN(H^(l-1) + A^l)) of layers 1..L, in nats (Eq. 13). A layer explores if its change
+    is clearly positive: above `tolerance` times the largest. The region begins with the first such layer and ends
+    where the change turns to about zero or below. If no layer explores this is L, whose policy is pi itself.
+    """
+    threshold = tolerance * max(0.0, *ffn_entropy_change)
+    explores = [change > threshold for change in ffn_entropy_change]
+    start = explores.index(True) if True in explores else len(explores)
+    return explores.index(False, start) if False in explores[start:] else len(explores)
+
+
+# 7 Objective ==========================================================================================================
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """A = (R - mean) / (std + 1e-6) over each problem's completions, std unbiased (Eq. 3).
+
+    rewards and result: (problems, group), float. A group whose rewards are all equal gets exactly 0.
+    """
+    centred = rewards - rewards.mean(-1, keepdim=True)  # (problems, group)
+    equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)  # (problems, 1)
+    return (centred / (rewards.std(-1, keepdim=True) + 1e-6)).masked_fill(equal, 0.0)  # (problems, group)
+
+
+def clipped_surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """min(rho A, clip(rho, 1 - eps, 1 + eps) A) per token, to be maximised: Eq. 9, and Eq. 3 at l = L.
+
+    All of one shape; the log-probabilities are those of the policy being optimised, so rho = pi^l_new / pi^l_old is how
+    far the updates on this rollout have moved it. It is no importance correction: completions always come from pi.
+    """
+    ratio = (logps - old_logps).exp()
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def optimised_layer(step: int, internal_steps: int, internal_layer: int, num_layers: int) -> int:
+    """The layer whose policy `step` optimises, with steps counted from 1: the phase switch (Eq. 10)."""
+    return internal_layer if step <= internal_steps else num_layers
+
+
+# 8 Evaluation =========================================================================================================
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that one of k is right, estimated from c right ones of n >= k: 1 - C(n - c, k) / C(n, k)."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(
+    model: Model,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    k: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    rows: int = 128,
+    seed: int = 0,
+    thinking: bool = False,
+) -> tuple[dict, list[tuple[Problem, Completion, float]]]:
+    """avg@k and pass@1..k of the full policy, from k completions of each problem.
+
+    The random stream is the evaluation's own and the same at each call: it cannot disturb training, and two models
+    are compared on the same draws. Returns metrics: eval_avg, the mean reward; eval_se, its standard error over
+    problems (completions of one problem are not independent); eval_pass, the list of pass@1 to pass@k; eval_k;
+    eval_problems. And samples: (problem, completion, reward), those of a problem side by side.
+    """
+    asked = [problem for problem in problems for _ in range(k)]
+    prompts = [encode(tokenizer, problem, thinking) for problem in asked]
+    generator, ends = random_stream(model.device, seed, "evaluation"), end_tokens(model, tokenizer)
+    completions = sample(model, prompts, max_new_tokens, ends, temperature, rows, generator, "evaluation")
+    rewards = math_rewards([decode(tokenizer, c) for c in completions], [p.answer for p in asked])
+    right = [int(sum(rewards[i : i + k])) for i in range(0, len(rewards), k)]  # of each problem's k completions
+    metrics = dict(
+        eval_avg=statistics.fmean(rewards),
+        eval_se=statistics.stdev(c / k for c in right) / len(right) ** 0.5 if len(right) > 1 else None,
+        eval_pass=[statistics.fmean(pass_at_k(k, c, j) for c in right) for j in range(1, k + 1)],
+        eval_k=k,
+        eval_problems=len(problems),
+    )
+    return metrics, list(zip(asked, completions, rewards, strict=True))
+
+
+def random_stream(device: str | torch.device, seed: int, purpose: str) -> torch.Generator:
+    """A random generator that the seed and its purpose determine: nothing to save, and none disturbs another."""
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
+
+
+# 9 Training ===========================================================================================================
+
+
+def train(config: Config, resume: bool = False) -> Path:
+    """Run BuPO as `config` says and return the folder of the run; with `resume`, go on from its last checkpoint.
+
+    The folder holds config.json, metrics.jsonl (a line per training step and per evaluation), completions.jsonl (some
+    of each evaluation), the last checkpoints and at the end model/, in the Hugging Face layout. Whatever is random
+    follows from the seed, its purpose and the step, so a resumed run repeats an undisturbed one, bit for bit on a CPU.
+    Raises UsageError for what the user can mend, and on Ctrl-C or SIGTERM, after a checkpoint, KeyboardInterrupt.
+    """
+    # Set up: the model, the problems, the folder, the optimizer.
+    device, bfloat16 = choose_device(config)
+    torch.manual_seed(config.seed)
+    out, start = run_folder(config, resume), last_checkpoint(config) if resume else None
+    model, tokenizer = load_model(str(start or config.model), device, config.seed)
+    num_layers = len(model.get_decoder().layers)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    shape = f"{type(model).__name__}, {num_layers} layers, {size:.1f} M weights"
+    print(f"Model       {config.model}: {shape}, {'bfloat16' if bfloat16 else 'float32'} on {device}")
+    check_against_model(config, model, tokenizer)
+    held_out = (
+        usable_problems(config.eval_dataset, config.eval_problems, tokenizer, config) if config.eval_problems else []
+    )
+    problems = usable_problems(config.dataset, config.train_problems, tokenizer, config) if config.steps else []
+    internal_layer = None if config.internal_layer == "auto" else int(config.internal_layer)
+    adam = dict(betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, **adam)
+    done, log_sizes = 0, {}
+    if start:
+        done, internal_layer, log_sizes = load_training_state(start, optimizer, device)
+        print(f"Resumed     after step {done}, from {start}")
+    prepare_folder(out, config, log_sizes)
+    if config.model == "tiny" and not start:
+        print(f"Warm-up     {config.warm_up_steps} supervised steps on worked and careless answers")
+        warm_up(model, tokenizer, config.warm_up_steps, config.seed)
+    actor = bfloat16_copy(model) if bfloat16 else model  # what completions are drawn from
+    if config.recompute:
+        recompute_activations(model)
+    ends, whole, skipped_in_row, no_reward_steps, said = end_tokens(model, tokenizer), True, 0, 0, set()
+
+    def evaluation(step: int) -> None:
+        if held_out:
+            draws = dict(
+                temperature=config.eval_temperature, rows=config.rows, seed=config.seed, thinking=config.thinking
+            )
+            metrics, samples = evaluate(actor, tokenizer, held_out, config.eval_k, config.max_completion, **draws)
+            log(out / "metrics.jsonl", dict(step=step, **metrics))
+            for problem, completion, reward in samples[: 8 * config.eval_k : config.eval_k]:
+                log(out / "completions.jsonl", sample_record(step, tokenizer, problem, completion, reward))
+            say_evaluation(step, metrics)
+
+    def save() -> None:
+        save_checkpoint(out, done, model, tokenizer, optimizer, internal_layer, log_sizes, config.keep)
+
+    bar = tqdm(total=config.steps, initial=done, desc="training", unit="step", disable=not config.steps)
+    try:
+        if done % config.eval_every == 0 or done == config.steps:
+            evaluation(done)
+        for step in range(done + 1, config.steps + 1):
+            # 1 Draw problems, and G completions of each from the full policy pi, in either phase.
+            began = time.perf_counter()
+            batch = [problems[i] for i in problems_of_step(step, len(problems), config.prompts, config.seed)]
+            asked = [problem for problem in batch for _ in range(config.group)]
+            prompts = [encode(tokenizer, problem, config.thinking) for problem in asked]
+            stream = random_stream(device, config.seed, f"rollout {step}")
+            completions = sample(
+                actor, prompts, config.max_completion, ends, config.temperature, config.rows, stream, "rollouts"
+            )
+            sequences = [(prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True)]
+            sampled = time.perf_counter()
+
+            # 2 Reward 1 for a right boxed answer, else 0.
+            rewards = math_rewards([decode(tokenizer, c) for c in completions], [p.answer for p in asked])
+
+            # 3 Normalise within each problem's group.
+            advantages = group_advantages(torch.tensor(rewards).view(-1, config.group))  # (problems, group)
+
+            # 4 Choose the policy to optimise: pi^l in phase 1, then pi.
+            if internal_layer is None and config.internal_steps:
+                internal_layer = find_boundary(actor, sequences, config)
+            layer = optimised_layer(step, config.internal_steps, internal_layer, num_layers)
+            if step in (1, config.internal_steps + 1):
+                name = (
+                    "the policy pi (GRPO)"
+                    if layer == num_layers
+                    else f"the internal policy of layer {layer} of {num_layers}"
+                )
+                tqdm.write(f"Phase       {1 + (step > config.internal_steps)}, from step {step}: optimises {name}")
+
+            with finish_first():  # Ctrl-C waits until the step is whole
+                # 5 Climb the clipped surrogate of that policy, with one optimizer update per mini-batch.
+                whole, updating = False, time.perf_counter()
+                set_learning_rate(optimizer, config.lr * min(1.0, step / config.lr_ramp))
+                updated = update(model, optimizer, sequences, advantages.flatten(), layer, config, bfloat16)
+                if actor is not model:
+                    refresh(actor, model)
+                updated_at = time.perf_counter()
+
+                # 6 Log; save and evaluate now and then.
+                tokens = sum(len(c.ids) for c in completions)
+                metrics = dict(
+                    step=step,
+                    layer=layer,
+                    reward=statistics.fmean(rewards),
+                    entropy=sum(sum(c.entropies) for c in completions) / tokens,
+                    completion_tokens=tokens / len(completions),
+                    truncated=statistics.fmean(not c.ended for c in completions),
+                    no_signal=statistics.fmean((advantages == 0).all(-1).tolist()),
+                    **updated,
+                    rollout_tokens_per_s=tokens / (sampled - began),
+                    update_tokens_per_s=tokens / (updated_at - updating),
+                    peak_memory_gb=peak_memory_gb(device),
+                    seconds=time.perf_counter() - began,
+                )
+                log(out / "metrics.jsonl", metrics)
+                done, log_sizes, whole = step, {f.name: f.stat().st_size for f in out.glob("*.jsonl")}, True
+                if step % config.save_every == 0 or step == config.steps:
+                    save()
+            say_step(bar, metrics, config)
+            no_reward_steps = 0 if metrics["reward"] else no_reward_steps + 1
+            for sentence in advice(metrics, no_reward_steps) - said:
+                said.add(sentence)
+                tqdm.write(f"Note        {sentence} (step {step})")
+            all_skipped = updated["skipped_updates"] and not updated["grad_norm"]
+            skipped_in_row = skipped_in_row + updated["skipped_updates"] if all_skipped else 0
+            if skipped_in_row >= 10:
+                save()
+                raise UsageError("Ten updates in a row had no finite gradient; lower --lr, or use --precision float32.")
+            if step % config.eval_every == 0 or step == config.steps:
+                for i in (0, -1):  # of two problems
+                    say_completion(tokenizer, asked[i], completions[i], rewards[i])
+                evaluation(step)
+    except KeyboardInterrupt:
+        if whole and config.steps:
+            save()
+        raise
+    finally:
+        bar.close()
+    if config.steps:
+        write_folder(out / "model", lambda folder: save_model(actor, tokenizer, folder))
+        print(f"Saved       {out / 'model'}; to evaluate it again: python bupo.py --model {out} --steps 0")
+    return out
+
+
+def update(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    sequences: Sequences,
+    advantages: Tensor,
+    layer: int,
+    config: Config,
+    bfloat16: bool = False,
+) -> dict:
+    """Climb the mean clipped surrogate of pi^layer (Eq. 9; Eq. 3 at l = L), one optimizer update per mini-batch.
+
+    sequences: (prompt, completion) pairs of token ids, those of a problem side by side; advantages: one number each.
+    The mean is over a whole mini-batch, so gradients do not depend on its split into micro-batches. A completion whose
+    advantage is 0 has no gradient: it is counted in the mean but left out of the forward pass, and a mini-batch that
+    has no other makes no update, which momentum and weight decay would else turn into one. Returns what the log says.
+    """
+    model.train()
+    device, lengths = model.device, [len(p) + len(c) for p, c in sequences]
+    tokens = [len(c) for _, c in sequences]
+    settings = dict(
+        norm=config.internal_norm == "final", temperature=config.temperature, head_tokens=config.head_tokens
+    )
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
+
+    # pi^l_old: the log-probabilities before the first update, and the entropy of the policy that is optimised.
+    old_logps, entropy = [torch.empty(0)] * len(sequences), 0.0
+    for micro in micro_batches(lengths, config.micro_tokens):
+        with torch.no_grad(), autocast():
+            ids, mask = pad([sequences[i] for i in micro], device)  # (B, T) each
+            logps, entropies = token_logps(model, ids, mask, layer, **settings, entropy=True)  # (N,) each
+        entropy += float(entropies.sum()) / sum(tokens)
+        for i, own in zip(micro, logps.split([tokens[i] for i in micro]), strict=True):
+            old_logps[i] = own
+
+    ratios, clipped, grad_norms, skipped, first_error = [], [], [], 0, None
+    mini_batches = torch.arange(len(sequences)).split(config.mini_batch * config.group)
+    for mini_batch in mini_batches:
+        members = mini_batch[advantages[mini_batch] != 0].tolist()
+        for micro in micro_batches([lengths[i] for i in members], config.micro_tokens):
+            chosen = [members[i] for i in micro]
+            counts = torch.tensor([tokens[i] for i in chosen])  # (B,)
+            if config.average == "token":
+                weights = torch.full((len(chosen),), 1.0 / sum(tokens[i] for i in mini_batch))  # (B,)
+            else:
+                weights = 1.0 / (len(mini_batch) * counts)  # (B,)
+            weight = weights.repeat_interleave(counts).to(device)  # (N,)
+            advantage = advantages[chosen].repeat_interleave(counts).to(device)  # (N,)
+            old = torch.cat([old_logps[i] for i in chosen])  # (N,)
+            with autocast():
+                logps, _ = token_logps(model, *pad([sequences[i] for i in chosen], device), layer, **settings)  # (N,)
+            surrogate = clipped_surrogate(logps, old, advantage, config.clip)  # (N,)
+            (-(weight * surrogate).sum()).backward()
+            ratio = (logps.detach() - old).exp()  # (N,)
+            ratios.append(ratio)
+            clipped.append(surrogate.detach() < ratio * advantage)
+        if members:
+            if mini_batch is mini_batches[0]:
+                first_error = float((torch.cat(ratios) - 1).abs().max())
+            grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
+            if math.isfinite(grad_norm):
+                optimizer.step()
+                grad_norms.append(grad_norm)
+            else:
+                skipped += 1
+            optimizer.zero_grad()  # to None: what lies above `layer` must get no zeros, which AdamW would act upon
+    ratio = torch.cat(ratios) if ratios else torch.ones(1)
+    return dict(
+        layer_entropy=entropy,
+        clipped=float(torch.cat(clipped).float().mean()) if clipped else 0.0,
+        ratio_mean=float(ratio.mean()),
+        ratio_max=float(ratio.max()),
+        first_ratio_error=first_error,  # max |rho - 1| on the first mini-batch: anything but rounding is a bug
+        grad_norm=statistics.fmean(grad_norms) if grad_norms else 0.0,
+        skipped_updates=skipped,  # for a gradient that was not finite
+    )
+
+
+def find_boundary(model: Model, sequences: Sequences, config: Config) -> int:
+    """What `--internal-layer auto` optimises: the boundary layer, by 32 tokens of each of 16 first completions."""
+    windows = []
+    for n, (prompt, completion) in enumerate(sequences[:: max(1, len(sequences) // 16)][:16]):
+        start = n * max(0, len(completion) - 32) // 15  # early in the first of them, late in the last
+        windows.append((prompt + completion[:start], completion[start : start + 32]))
+    names = ("ffn_input", "ffn")
+    profile = entropy_profile(model, windows, True, names, config.micro_tokens, config.head_tokens)
+    change = [after - before for before, after in zip(*profile.values(), strict=True)]
+    layer, rounded = boundary_layer(change), " ".join(f"{c:+.2f}" for c in change)
+    none = "; none explores, so phase 1 optimises pi itself" if max(change) <= 0 else ""
+    tqdm.write(f"Boundary    layer {layer}{none}; FFN entropy changes from layer 1 on, in nats: {rounded}")
+    return layer
+
+
+def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
+    """The numbers of a step's problems: every problem comes once in each turn through the data, shuffled each time."""
+    return [shuffled(count, f"{seed} turn {i // count}")[i % count] for i in range((step - 1) * size, step * size)]
+
+
+@functools.lru_cache(maxsize=4)
+def shuffled(count: int, seed: str) -> list[int]:
+    return random.Random(seed).sample(range(count), count)
+
+
+# Below: the machine, files and words. Nothing of the method.
+
+
+def choose_device(config: Config) -> tuple[torch.device, bool]:
+    """The device, and whether to compute in bfloat16."""
+    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used ({first_line(error)}); give cpu or auto.") from error
+    return device, config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+
+
+def bfloat16_copy(model: Model) -> Model:
+    """A copy with bfloat16 parameters; buffers stay, since rotary frequencies need float32."""
+    actor = copy.deepcopy(model)
+    for parameter in actor.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return actor
+
+
+@torch.no_grad()
+def refresh(actor: Model, model: Model) -> None:
+    """Bring the bfloat16 copy up to date with the float32 master weights."""
+    for low, master in zip(actor.parameters(), model.parameters(), strict=True):
+        low.copy_(master)
+
+
+def recompute_activations(model: Model) -> None:
+    """Activation checkpointing while training, under the name that this release of transformers has for it."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@contextlib.contextmanager
+def finish_first() -> Iterator[None]:
+    """Inside this context Ctrl-C and SIGTERM wait for its end; a second one does not."""
+    asked = []
+
+    def wait(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        yield
+        return
+    before = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        raise KeyboardInterrupt
+
+
+def check_against_model(config: Config, model: Model, tokenizer: Tokenizer) -> None:
+    """Refuse what only the loaded model can tell: a layer it lacks, lengths it cannot take."""
+    num_layers = len(model.get_decoder().layers)
+    if config.internal_layer != "auto" and not 1 <= int(config.internal_layer) <= num_layers:
+        raise UsageError(
+            f"--internal-layer must be 1 to {num_layers} for {config.model}, or auto, not {config.internal_layer}."
+        )
+    for name in ("max_position_embeddings", "sliding_window"):
+        most = getattr(model.config, name, None) or math.inf
+        if config.max_prompt + config.max_completion > most:
+            raise UsageError(
+                f"--max-prompt plus --max-completion must be at most {most}, the {name} of {config.model}."
+            )
+    if tokenizer.chat_template is None:
+        print("Prompts     the model has no chat template: problems are given to it as plain text")
+
+
+def usable_problems(source: str, limit: int, tokenizer: Tokenizer, config: Config) -> list[Problem]:
+    """The problems whose prompts have at most --max-prompt tokens; the others are counted, not cut."""
+    problems = load_problems(source, limit or None, config.system)
+    fitting = [p for p in problems if len(encode(tokenizer, p, config.thinking)) <= config.max_prompt]
+    if not fitting:
+        raise UsageError(f"All prompts of {source} have more than {config.max_prompt} tokens; raise --max-prompt.")
+    if len(fitting) < len(problems):
+        print(f"Problems    {len(problems) - len(fitting)} dropped, of more than {config.max_prompt} tokens")
+    return fitting
+
+
+def run_folder(config: Config, resume: bool) -> Path:
+    """The folder of the run. One that holds anything is never written to, but to resume it."""
+    name = Path(config.model).name + time.strftime("-%Y%m%d-%H%M%S")
+    out = Path(config.out) if config.out else Path("runs", name)
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            f"{out} is there already and stays as it is; go on with --resume {out}, or give another --out."
+        )
+    return out
+
+
+def prepare_folder(out: Path, config: Config, log_sizes: dict[str, int]) -> None:
+    """Write the settings, and cut the logs back to what they were at the checkpoint."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for file in out.glob("*.jsonl"):
+            os.truncate(file, log_sizes.get(file.name, 0))
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written ({error.strerror}); give another --out.") from error
+
+
+def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write` fill a folder, whole or not at all: under a temporary name, on disk, then renamed."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        write(temporary)
+        for file in temporary.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch.save has RuntimeError for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        mend = f"make room, then go on with --resume {folder.parent}"
+        raise UsageError(f"{folder} cannot be written ({first_line(error)}); {mend}.") from error
+
+
+def save_model(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write model and tokenizer in the Hugging Face layout, in the model's own number format."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_checkpoint(out, step, model, tokenizer, optimizer, internal_layer, log_sizes, keep) -> None:
+    """Write checkpoint-STEP, which --resume goes on from and --model loads, and remove all but the last `keep`."""
+
+    def write(folder: Path):
+        save_model(model, tokenizer, folder)
+        state = dict(step=step, internal_layer=internal_layer, log_sizes=log_sizes, optimizer=optimizer.state_dict())
+        torch.save(state, folder / "training.pt")
+
+    if not (out / f"checkpoint-{step}").exists():
+        write_folder(out / f"checkpoint-{step}", write)
+    for old in checkpoints(out)[:-keep] if keep else []:
+        shutil.rmtree(old)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+
+
+def last_checkpoint(config: Config) -> Path | None:
+    return next(reversed(checkpoints(Path(config.out))), None)
+
+
+def load_training_state(folder: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, Any, dict]:
+    """Restore the optimizer; returns the number of steps done, the internal layer and the sizes of the logs then."""
+    try:
+        state = torch.load(folder / "training.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        mend = "remove it, and --resume goes on from the one before"
+        raise UsageError(f"The checkpoint {folder} is damaged or of another model; {mend}.") from error
+    return state["step"], state["internal_layer"], state["log_sizes"]
+
+
+def log(file: Path, record: dict) -> None:
+    """Append one JSON object as a line."""
+    try:
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
+    except OSError as error:
+        mend = f"make room, then go on with --resume {file.parent}"
+        raise UsageError(f"{file} cannot be written ({first_line(error)}); {mend}.") from error
+
+
+def sample_record(step: int, tokenizer: Tokenizer, problem: Problem, completion: Completion, reward: float) -> dict:
+    """A line of completions.jsonl."""
+    asked = dict(step=step, messages=problem.messages, answer=problem.answer, prompt_ids=encode(tokenizer, problem))
+    return dict(
+        asked, completion=decode(tokenizer, completion), ids=completion.ids, ended=completion.ended, reward=reward
+    )
+
+
+def say_evaluation(step: int, metrics: dict) -> None:
+    k, count = metrics["eval_k"], metrics["eval_problems"]
+    average, error, passed = (
+        100 * (x or 0) for x in (metrics["eval_avg"], metrics["eval_se"], metrics["eval_pass"][-1])
+    )
+    score = f"avg@{k} {average:.1f} % (standard error {error:.1f}), pass@{k} {passed:.1f} %"
+    tqdm.write(f"Evaluation  step {step}: {score}, {count} held-out problems")
+
+
+def say_step(bar: tqdm, metrics: dict, config: Config) -> None:
+    bar.update()
+    numbers = dict(reward=metrics["reward"], length=metrics["completion_tokens"], entropy=metrics["entropy"])
+    bar.set_postfix(phase=1 + (metrics["step"] > config.internal_steps), **{k: f"{v:.3g}" for k, v in numbers.items()})
+
+
+def advice(metrics: dict, no_reward_steps: int) -> set[str]:
+    """What a user should know about a step, and what to do."""
+    notes = {
+        "no reward in 20 steps: read completions.jsonl; are the answers boxed, the problems too hard?": no_reward_steps
+        >= 20,
+        "most completions are cut off: raise --max-completion": metrics["truncated"] > 0.5,
+        "most groups have equal rewards and teach nothing: raise --group, or change the problems": metrics["no_signal"]
+        > 0.8,
+        "the entropy is nearly 0, there is nothing left to explore: lower --lr, stop earlier": metrics["entropy"]
+        < 0.02,
+        "the ratio is not 1 before the first update: please report this bug": (metrics["first_ratio_error"] or 0)
+        > 0.05,
+    }
+    return {sentence for sentence, true in notes.items() if true}
+
+
+def say_completion(tokenizer: Tokenizer, problem: Problem, completion: Completion, reward: float) -> None:
+    question, text = (" ".join(t.split()) for t in (problem.messages[-1]["content"], decode(tokenizer, completion)))
+    text = text if len(text) < 300 else f"{text[:150]} ... {text[-150:]}"
+    tqdm.write(f"Completion  {question[:150]} -> {text}  [answer {problem.answer}, reward {reward:.0f}]")
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")[:200]
+
+
+def peak_memory_gb(device: torch.device) -> float | None:
+    """Peak memory of the run so far, in GB: allocated on the GPU, else resident; None where no one tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# 10 Command line ======================================================================================================
+
+MAY_CHANGE = ("steps", "save_every", "keep")  # when a run is resumed
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
+    """The `Config` of a command line, of which every field is a flag, and whether to resume."""
+    parser = argparse.ArgumentParser(
+        description="Bottom-up Policy Optimization; defaults are [built-in model | others]."
+    )
+    for f in fields(Config):
+        text = f"{f.metadata['help']} [{f.metadata['tiny']} | {f.metadata['other']}]".replace("%", "%%")
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--resume", metavar="", help="folder of a run to go on with, from its last checkpoint")
+    given = vars(parser.parse_args(arguments))
+    folder = given.pop("resume")
+    if folder is None:
+        return Config(**given), False
+    try:
+        saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"There is no run to resume in {folder}; name the folder that --out named.") from error
+    for name in given:
+        if given[name] != saved.get(name) and name not in MAY_CHANGE:
+            flag, allowed = "--" + name.replace("_", "-"), ", ".join("--" + n.replace("_", "-") for n in MAY_CHANGE)
+            raise UsageError(f"{flag} cannot change in a resumed run, only {allowed} can; start a new run instead.")
+    return Config(**{**saved, **given, "out": folder}), True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0; 2 with one sentence for what the user can mend; 130 after Ctrl-C or SIGTERM."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    out = None
+    try:
+        config, resume = parse(arguments)
+        out = config.out
+        train(config, resume)
+    except UsageError as error:
+        print(f"bupo.py: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("bupo.py: out of GPU memory; lower --rows, --micro-tokens or --head-tokens.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nbupo.py: stopped; go on with --resume {out or 'and the folder in runs/'}.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

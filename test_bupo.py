@@ -1,0 +1,815 @@
+"""The proof: one test or more for each equation of the method and each promise of the README.
+
+python -m pytest -q test_bupo.py
+"""
+
+import itertools
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: nothing here may wait for a hub
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import bupo
+
+PAPER_FILES = Path(__file__).parent.parent / "shared" / "data"  # the paper's problems, where somebody has put them
+
+
+def small_model(family: str = "Qwen3", layers: int = 4, **settings):
+    """A random model of 4 blocks, vocabulary 50, whose logits are far from uniform, and which two key heads share."""
+    shape = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, head_dim=8)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3)
+    ends = dict(eos_token_id=1, pad_token_id=0, bos_token_id=None)
+    config = getattr(transformers, f"{family}Config")(**{**shape, **heads, **ends, **settings})
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def random_sequences(lengths: list[tuple[int, int]], seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    rng = random.Random(seed)
+    return [tuple([rng.randrange(2, 50) for _ in range(n)] for n in pair) for pair in lengths]
+
+
+FAMILIES = [(family, tied) for family in ("Qwen3", "Qwen2", "Llama") for tied in (True, False)]
+every_family = pytest.mark.parametrize(("family", "tied"), FAMILIES)
+IDS = torch.tensor([[5, 9, 33, 2, 41, 17, 8], [7, 7, 12, 49, 3, 20, 0]])  # (2, 7)
+
+
+# Internal policies (Eq. 1, 5, 6) ======================================================================================
+
+
+@every_family
+def test_top_layer_is_the_policy_and_lower_layers_are_its_hidden_states(family, tied):
+    model = small_model(family, tie_word_embeddings=tied)
+    with torch.no_grad():
+        full = model(IDS, output_hidden_states=True, use_cache=False)
+        assert torch.equal(bupo.policy_logits(model, bupo.internal_hidden(model, IDS, 4)), full.logits)
+        for layer in range(4):
+            hidden = bupo.internal_hidden(model, IDS, layer)
+            assert torch.equal(hidden, full.hidden_states[layer])
+            assert torch.equal(bupo.policy_logits(model, hidden), model.lm_head(model.model.norm(hidden)))
+            assert torch.equal(bupo.policy_logits(model, hidden, norm=False), model.lm_head(hidden))
+
+
+@every_family
+def test_lower_layer_has_the_gradients_of_the_full_forward_pass(family, tied):
+    model = small_model(family, tie_word_embeddings=tied)
+    ours = gradients(model, bupo.policy_logits(model, bupo.internal_hidden(model, IDS, 2)))
+    theirs = gradients(model, model.lm_head(model.model.norm(model(IDS, output_hidden_states=True).hidden_states[2])))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not any(name.startswith(("model.layers.2.", "model.layers.3.")) for name in ours)  # Eq. 14 and 15
+    assert {"model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"} <= ours.keys()
+
+
+def gradients(model, logits: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    logits.log_softmax(-1)[..., 3].sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3, 4])
+def test_only_the_blocks_up_to_the_layer_run(layer):
+    model, calls = small_model(), []
+    for i, block in enumerate(model.model.layers, start=1):
+        block.register_forward_hook(lambda *_, i=i: calls.append(i))
+    bupo.internal_hidden(model, IDS, layer)
+    assert calls == list(range(1, layer + 1))
+    assert len(model.model.layers) == 4
+    assert isinstance(model.model.norm, transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm)
+
+
+def test_the_model_is_whole_again_after_an_error_inside():
+    model = small_model()
+    with pytest.raises(RuntimeError), bupo.first_layers(model, 2, norm=False):
+        raise RuntimeError
+    assert len(model.model.layers) == 4
+    assert not isinstance(model.model.norm, torch.nn.Identity)
+
+
+@every_family
+def test_residual_stream_is_the_sum_of_what_the_modules_write(family, tied):
+    model, seen = small_model(family, tie_word_embeddings=tied), {}
+    with torch.no_grad():
+        states = model(IDS, output_hidden_states=True).hidden_states  # transformers leaves hooks of its own behind
+        hooks = [len(module._forward_hooks) for module in model.modules()]
+        with bupo.residual_stream(model, lambda name, layer, x: seen.update({(name, layer): x})):
+            model(IDS)
+    for layer, block in enumerate(model.model.layers, start=1):
+        before, attention, ffn = seen["layer", layer - 1], seen["attention", layer], seen["ffn", layer]
+        torch.testing.assert_close(before + attention + ffn, seen["layer", layer])
+        torch.testing.assert_close(seen["attention_input", layer], block.input_layernorm(before))
+        torch.testing.assert_close(seen["ffn_input", layer], block.post_attention_layernorm(before + attention))
+        assert torch.equal(seen["layer", layer - 1], states[layer - 1])
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+# Log-probabilities and entropies (Eq. 7) ==============================================================================
+
+SEQUENCES = random_sequences([(3, 5), (6, 2), (2, 9), (4, 1), (5, 7)])
+
+
+def naive_logps(model, prompt, completion, layer, norm, temperature) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies from one unpadded sequence and its full logits."""
+    ids = torch.tensor([prompt + completion])
+    hidden = model(ids, output_hidden_states=True).hidden_states[layer]
+    if (norm or layer == 4) and layer < 4:
+        hidden = model.model.norm(hidden)  # the last hidden state is normed already
+    logps = (model.lm_head(hidden)[0].float() / temperature).log_softmax(-1)[len(prompt) - 1 : -1]  # (T, V)
+    return logps.gather(-1, torch.tensor(completion)[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("layer", [1, 3, 4])
+def test_chunked_logps_and_entropies_equal_the_naive_ones_with_gradients(layer, norm):
+    model = small_model()
+    ids, mask = bupo.pad(SEQUENCES, "cpu")
+    logps, entropies = bupo.token_logps(model, ids, mask, layer, norm, 0.7, head_tokens=4, entropy=True)
+    naive = [naive_logps(model, *pair, layer, norm, 0.7) for pair in SEQUENCES]
+    expected = torch.cat([n[0] for n in naive])
+    torch.testing.assert_close(logps, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(entropies, torch.cat([n[1] for n in naive]).detach())
+    weights = torch.linspace(-1, 1, len(logps))
+    ours = torch.autograd.grad((weights * logps).sum(), list(model.parameters()), allow_unused=True)
+    theirs = torch.autograd.grad((weights * expected).sum(), list(model.parameters()), allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_activation_recomputation_changes_no_gradient():
+    model = small_model()
+    ids, mask = bupo.pad(SEQUENCES, "cpu")
+    plain = gradients(model.train(), bupo.token_logps(model, ids, mask, 2)[0][:, None].expand(-1, 5))
+    bupo.recompute_activations(model)
+    again = gradients(model.train(), bupo.token_logps(model, ids, mask, 2)[0][:, None].expand(-1, 5))
+    assert plain.keys() == again.keys()
+    assert all(torch.allclose(plain[name], again[name]) for name in plain)
+
+
+def test_pad_masks_by_length_even_where_tokens_look_like_padding():
+    ids, mask = bupo.pad([([0, 3], [0, 0]), ([5], [0])], "cpu")
+    assert ids.tolist() == [[0, 3, 0, 0], [5, 0, 0, 0]]
+    assert mask.tolist() == [[False, False, True, True], [False, True, False, False]]
+
+
+def test_micro_batches_hold_every_sequence_once_within_the_budget():
+    lengths = [random.Random(0).randrange(1, 60) for _ in range(100)]
+    groups = bupo.micro_batches(lengths, 128)
+    assert sorted(itertools.chain(*groups)) == list(range(100))
+    assert all(len(group) * max(lengths[i] for i in group) <= 128 for group in groups)
+    assert bupo.micro_batches([500, 3], 128) == [[1], [0]]
+    assert bupo.micro_batches([], 128) == []
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_entropy_profile_equals_a_direct_computation_for_any_batching(norm):
+    model = small_model()
+    profiles = [
+        bupo.entropy_profile(model, SEQUENCES, norm, micro_tokens=m, head_tokens=h) for m, h in ((9, 3), (99, 99))
+    ]
+    for name in profiles[0]:
+        assert profiles[0][name] == pytest.approx(profiles[1][name], rel=1e-5)
+    for layer in range(5):
+        entropies = torch.cat([naive_logps(model, *pair, layer, norm, 1.0)[1].detach() for pair in SEQUENCES])
+        assert profiles[0]["layer"][layer] == pytest.approx(entropies.mean().item(), rel=1e-5)
+    block, hidden = model.model.layers[2], []
+    block.mlp.register_forward_hook(lambda module, inputs, output: hidden.append((inputs[0], output)))
+    for prompt, completion in SEQUENCES:
+        model(torch.tensor([prompt + completion]))
+    for i, name in enumerate(("ffn_input", "ffn")):
+        rows = torch.cat([h[i][0, len(p) - 1 : -1] for h, (p, _) in zip(hidden, SEQUENCES, strict=True)])
+        logps = model.lm_head(rows).log_softmax(-1).detach()
+        assert profiles[0][name][2] == pytest.approx(-(logps.exp() * logps).sum(-1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "layer"),
+    [
+        ([1.0, 0.9, 0.8, 0.6, 0.5, 0.4, 0.02, -0.1, 0.0, -0.5], 6),  # explores low, like Qwen3
+        ([0.5] * 26 + [-0.2, -3.0], 26),  # explores almost to the top, like Llama
+        ([-0.4, 0.9, 0.7, 0.05, -0.1], 3),  # the first layer does not explore yet
+        ([0.2, 0.3, 0.4], 3),
+        ([-1.0, -2.0, -3.0], 3),  # no layer explores: pi itself
+    ],
+)
+def test_boundary_layer(change, layer):
+    assert bupo.boundary_layer(change) == layer
+
+
+# The objective (Eq. 3, 9, 10) =========================================================================================
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
+    advantages = bupo.group_advantages(rewards)
+    first, third = math.sqrt(1 / 3), math.sqrt(0.75 / 3)  # unbiased standard deviations
+    assert advantages[0].tolist() == pytest.approx([s * 0.5 / (first + 1e-6) for s in (1, -1, -1, 1)])
+    assert advantages[2].tolist() == pytest.approx([-0.25 / (third + 1e-6)] * 3 + [0.75 / (third + 1e-6)])
+    assert advantages[1].tolist() == [0.0] * 4  # exactly, not nearly
+    assert advantages[3].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected", "slope"),
+    [
+        (1.5, 2.0, 2.4, 0.0),  # gained enough: clipped at 1.2 A, no gradient
+        (0.5, 2.0, 1.0, 1.0),  # lost although good: the gradient stays
+        (1.5, -2.0, -3.0, -3.0),  # gained although bad: the gradient stays
+        (0.5, -2.0, -1.6, 0.0),  # lost enough: clipped at 0.8 A
+        (1.0, 2.0, 2.0, 2.0),  # at rho = 1 the gradient is A times that of log pi: the policy gradient
+    ],
+)
+def test_clipped_surrogate(ratio, advantage, expected, slope):
+    logps = torch.tensor([math.log(ratio) - 1.0], requires_grad=True)
+    surrogate = bupo.clipped_surrogate(logps, torch.tensor([-1.0]), torch.tensor([advantage]), 0.2)
+    surrogate.sum().backward()
+    assert surrogate.item() == pytest.approx(expected)
+    assert logps.grad.item() == pytest.approx(slope)
+
+
+def test_the_phase_switches_after_exactly_internal_steps():
+    assert [bupo.optimised_layer(step, 3, 6, 28) for step in range(1, 6)] == [6, 6, 6, 28, 28]
+    assert bupo.optimised_layer(1, 0, 6, 28) == 28  # plain GRPO
+
+
+def update_settings(**changes) -> bupo.Config:
+    return bupo.Config(**{**dict(prompts=4, group=2, mini_batch=2, grad_clip=1e9), **changes})
+
+
+ROLLOUT = random_sequences([(3, 5), (3, 2), (6, 9), (6, 1), (5, 7), (5, 3), (2, 4), (2, 12)])
+ADVANTAGES = torch.tensor([0.7, -0.7, 0.0, 0.0, 0.7, -0.7, -0.7, 0.7])
+
+
+@pytest.mark.parametrize("average", ["token", "sequence"])
+@pytest.mark.parametrize("layer", [2, 4])
+def test_the_update_is_the_gradient_of_the_formula_for_any_micro_batches(layer, average):
+    model = small_model()
+    loss = 0.0
+    members = range(8)
+    total = sum(len(ROLLOUT[i][1]) for i in members)
+    for i in members:  # at rho = 1 the surrogate is A and its gradient A grad log pi
+        logps, _ = naive_logps(model, *ROLLOUT[i], layer, True, 1.0)
+        weight = 1 / total if average == "token" else 1 / (len(members) * len(logps))
+        loss = loss - weight * (logps - logps.detach()).exp().sum() * float(ADVANTAGES[i])
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for micro_tokens in (1, 30, 1000):
+        seen = {}
+
+        class Spy(torch.optim.SGD):
+            def step(self):
+                seen.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})  # noqa: B023
+
+        model.zero_grad()
+        config = update_settings(mini_batch=4, average=average, micro_tokens=micro_tokens)
+        metrics = bupo.update(model, Spy(model.parameters(), lr=0.0), ROLLOUT, ADVANTAGES, layer, config)
+        assert seen.keys() == expected.keys()
+        for name in seen:
+            torch.testing.assert_close(seen[name], expected[name], rtol=1e-4, atol=1e-6)
+        assert metrics["first_ratio_error"] < 1e-5
+        assert metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_phase_1_moves_what_is_below_the_layer_and_nothing_above():
+    model = small_model(tie_word_embeddings=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    config = update_settings()
+    bupo.update(model, optimizer, ROLLOUT, ADVANTAGES, 4, config)  # phase 2 first, so that momentum exists
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(2):
+        bupo.update(model, optimizer, ROLLOUT, ADVANTAGES, 2, config)
+    for name, p in model.named_parameters():
+        above = name.startswith(("model.layers.2.", "model.layers.3."))
+        assert torch.equal(p, before[name]) == above, name
+
+
+def test_an_update_without_any_advantage_moves_nothing():
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    bupo.update(model, optimizer, ROLLOUT, ADVANTAGES, 4, update_settings())
+    before = [p.detach().clone() for p in model.parameters()]
+    metrics = bupo.update(model, optimizer, ROLLOUT, torch.zeros(8), 4, update_settings())
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert metrics["grad_norm"] == 0.0
+    assert all(math.isfinite(v) for v in metrics.values() if v is not None)
+
+
+def test_a_gradient_that_is_not_finite_skips_the_update():
+    model = small_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    metrics = bupo.update(model, optimizer, ROLLOUT, ADVANTAGES * math.inf, 4, update_settings())
+    assert metrics["skipped_updates"] == 2
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_bfloat16_compute_moves_float32_masters_at_the_papers_learning_rate():
+    """bfloat16 weights would stay where they are at 1e-6; the copy for rollouts follows the masters."""
+    model = small_model(initializer_range=0.02, tie_word_embeddings=True)
+    actor = bupo.bfloat16_copy(model)
+    assert {p.dtype for p in actor.parameters()} == {torch.bfloat16}
+    assert actor.lm_head.weight is actor.model.embed_tokens.weight
+    assert actor.model.rotary_emb.inv_freq.dtype == torch.float32
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    metrics = bupo.update(model, optimizer, ROLLOUT, ADVANTAGES, 4, update_settings(mini_batch=4), bfloat16=True)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert weight.dtype == torch.float32
+    assert (weight != before).float().mean() > 0.99
+    assert metrics["first_ratio_error"] < 1e-3  # old and new log-probabilities come from the same forward pass
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    bupo.refresh(actor, model)
+    assert torch.equal(actor.lm_head.weight, model.lm_head.weight.bfloat16())
+
+
+# Rollouts =============================================================================================================
+
+PROMPTS = [list(p) for p, _ in random_sequences([(n, 0) for n in (3, 11, 1, 7, 2, 9, 5, 4, 6, 8, 3)], seed=4)]
+
+
+@every_family
+def test_greedy_samples_equal_generate_with_more_prompts_than_rows(family, tied):
+    model = small_model(family, tie_word_embeddings=tied)
+    completions = bupo.sample(model, PROMPTS, 25, {1, 7, 9, 30}, temperature=0, rows=4)
+    assert len({len(c.ids) for c in completions}) > 3  # else nothing left the batch early
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        settings = dict(max_new_tokens=25, do_sample=False, eos_token_id=[1, 7, 9, 30], pad_token_id=0)
+        expected = model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
+        assert completion.ids == expected
+        assert completion.ended == (expected[-1] in (1, 7, 9, 30))
+        assert completion.ended or len(expected) == 25
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_returned_logps_and_entropies_equal_a_teacher_forced_pass(rows):
+    model = small_model()
+    completions = bupo.sample(model, PROMPTS, 12, {1}, 0.8, rows, torch.Generator().manual_seed(3))
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        logps, entropies = naive_logps(model, prompt, completion.ids, 4, True, 0.8)
+        assert completion.logps == pytest.approx(logps.tolist(), abs=1e-4)
+        assert completion.entropies == pytest.approx(entropies.tolist(), abs=1e-4)
+        assert completion.ended == (completion.ids[-1] == 1)
+        assert 1 not in completion.ids[:-1]
+
+
+def test_rows_that_outgrow_the_cache_go_on_rightly():
+    """The cache is widened in blocks of 256 columns: lengths beyond that must not matter."""
+    model = small_model(layers=2, max_position_embeddings=1024)
+    prompt = random_sequences([(300, 0)])[0][0]
+    (completion,) = bupo.sample(model, [prompt], 290, set(), temperature=0)
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=290, do_sample=False, eos_token_id=None)
+    assert completion.ids == expected[0, 300:].tolist()
+
+
+def test_sampled_frequencies_are_the_exact_probabilities_whatever_the_generation_settings():
+    model = small_model(vocab_size=20, initializer_range=0.1)
+    model.generation_config.update(do_sample=True, temperature=0.3, top_k=3, top_p=0.5, repetition_penalty=2.0)
+    prompt, n = [4, 2, 6], 8000
+    completions = bupo.sample(model, [prompt] * n, 2, {1}, 1.3, rows=n, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = (model(torch.tensor([prompt])).logits[0, -1] / 1.3).softmax(-1).tolist()
+        seconds = (model(torch.tensor([[*prompt, t] for t in range(20)])).logits[:, -1] / 1.3).softmax(-1).tolist()
+    assert max(first) < 0.5
+    expected = {(t,): first[t] for t in (1,)}
+    expected |= {(a, b): first[a] * seconds[a][b] for a in range(20) if a != 1 for b in range(20)}
+    observed = dict.fromkeys(expected, 0)
+    for completion in completions:
+        observed[tuple(completion.ids)] += 1
+    rare = [key for key in expected if n * expected[key] < 5]  # pooled: chi-square needs 5 expected in each cell
+    cells = [(observed[k], n * expected[k]) for k in expected if k not in rare]
+    cells.append((sum(observed[k] for k in rare), n * sum(expected[k] for k in rare)))
+    chi_square, freedom = sum((o - e) ** 2 / e for o, e in cells if e), len(cells) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)  # four standard deviations
+
+
+def test_same_seed_same_samples_and_the_global_stream_is_left_alone():
+    model = small_model()
+    state = torch.get_rng_state()
+    draws = [bupo.sample(model, PROMPTS, 9, {1}, 1.0, 4, torch.Generator().manual_seed(s)) for s in (5, 5, 6)]
+    assert draws[0] == draws[1] != draws[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_samples_are_right_in_training_mode_with_activation_recomputation():
+    model = small_model()
+    expected = bupo.sample(model, PROMPTS, 15, {1}, temperature=0)
+    bupo.recompute_activations(model)
+    model.train()
+    assert [c.ids for c in bupo.sample(model, PROMPTS, 15, {1}, temperature=0)] == [c.ids for c in expected]
+
+
+def test_the_internal_policy_can_be_sampled():
+    model = small_model()
+    with bupo.first_layers(model, 2):
+        completions = bupo.sample(model, PROMPTS, 6, {1}, 1.0, 4, torch.Generator().manual_seed(0))
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        assert completion.logps == pytest.approx(
+            naive_logps(model, prompt, completion.ids, 2, True, 1.0)[0].tolist(), abs=1e-4
+        )
+
+
+def test_every_end_token_counts():
+    model, tokenizer = bupo.load_model("tiny")
+    model.generation_config.eos_token_id = [7, 9]
+    assert bupo.end_tokens(model, tokenizer) == {7, 9, tokenizer.eos_token_id}
+    model.generation_config.eos_token_id = None
+    assert bupo.end_tokens(model, tokenizer) == {tokenizer.eos_token_id}
+
+
+# Reward ===============================================================================================================
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"so \boxed{5}.", "5"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed {7}", "7"),
+        (r"\fbox{8}", "8"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{x \right.}", r"\left\{x \right."),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{4} and then \boxed{5", "4"),  # the last is cut off
+        (r"\boxed{", None),
+        ("no box 5", None),
+        (r"\boxed{}", ""),
+        ("", None),
+        (r"} \boxed{6}", "6"),
+        (r"\boxedx{6}", None),
+    ],
+)
+def test_extract_boxed(text, content):
+    assert bupo.extract_boxed(text) == content
+
+
+# ruff: noqa: E501
+RIGHT = r"""
+5 | 5            05 | 5           5. | 5             5.0 | 5          +5 | 5         -5 | -5        $5$ | 5        0.5 | \frac{1}{2}
+.5 | 1/2         \frac12 | 0.5    \dfrac{3}{4} | 3/4  \tfrac{3}{4} | 0.75               -\frac{1}{2} | \frac{-1}{2}
+10,080 | 10080   10{,}080 | 10080  10\,080 | 10080    1,000,000 | 1000000               12 \text{ cm} | 12       27 miles | 27
+5\text{ cm}^2 | 5                 90^\circ | 90      10\% | 10         \text{Yes} | Yes          yes | Yes          No. | No
+\text{True} | true                \textbf{A} | A     (C) | C           \text{(B)} | B            \mathrm{even} | even
+\sqrt{12} | 2\sqrt{3}             \sqrt2 | \sqrt{2}  x=5 | 5           2^{10} | 1024             e^{x} | e^x        x^2+2x+1 | (x+1)^2
+6 + 9 i | 6+9i   \pi r^{2} | \pi r^2                 2,1 | 1,2         \{1,2\} | \{2, 1\}        (1, 2) | (1,2)
+\left( 3, \frac{\pi}{2} \right) | (3,\frac{\pi}{2})  (-\infty, 2] | (-\infty,2]                  3\cdot 4 | 12      \frac{2\pi}{4} | \frac{\pi}{2}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix}1&2\\3&4\end{pmatrix}              52_{8} | 52_8      \infty | \infty
+\displaystyle \frac{a}{b} | \frac{a}{b}              \log 2 | \log{2}  f(x) = x^2 + c | f(x)=x^2+c                  \ln(4) | 2\ln(2)
+"""
+WRONG = r"""
+5 | 6            50 | 5           -5 | 5             2t | 2            52_8 | 52_1   52_8 | 52    1,2,3 | 123       0.333333 | 1/3
+5 \text{ cm} | 5 \text{ m}        10 \text{ AM} | 10 \text{ PM}        [0,1) | [0,1]               (1,2) | (2,1)     A | B
+yes | no         x | y            \infty | -\infty   x=5 | 6           2\pi | 2      \sqrt{2} | 2  3 | three         i | 1
+(x+1)^3 | x^2+2x+1                \frac{1}{3} | 0.3  10^{10} | 10^{11}  \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix}1&2\\3&5\end{pmatrix}
+"""
+
+
+def pairs(table: str) -> list[tuple[str, str]]:
+    """The pairs 'given | gold' of a table whose cells are apart by two spaces or more."""
+    return [tuple(pair.split(" | ")) for pair in re.split(r" {2,}|\n", table.strip()) if pair]
+
+
+def test_rewards_of_right_and_wrong_answers():
+    assert len(pairs(RIGHT)) + len(pairs(WRONG)) >= 60
+    missed = [(given, gold) for given, gold in pairs(RIGHT) if bupo.math_reward(rf"So \boxed{{{given}}}.", gold) != 1]
+    assert missed == []
+    accepted = [(given, gold) for given, gold in pairs(WRONG) if bupo.math_reward(rf"So \boxed{{{given}}}.", gold) != 0]
+    assert accepted == []
+    assert bupo.math_reward("5", "5") == 0  # not boxed
+    assert bupo.math_reward(r"\boxed{}", "5") == 0
+
+
+def test_every_gold_answer_of_the_paper_is_right_against_itself():
+    if not PAPER_FILES.is_dir():
+        pytest.skip("the paper's problem files are not beside this checkout")
+    files = sorted(PAPER_FILES.glob("*.parquet"))
+    golds = [row["ground_truth"] for file in files for row in bupo.read_rows(str(file))["reward_model"]]
+    assert len(golds) == 5600
+    assert [gold for gold in golds if bupo.math_reward(rf"\boxed{{{gold}}}", gold) != 1] == []
+
+
+HOSTILE = [
+    "9^{9^{9^9}}",
+    "(10^9)!",
+    "10^{10^{10}}",
+    "9" * 100_000,
+    "{" * 1000,
+    r"\frac{" * 100 + "1" + "}{2}" * 100,
+    r"\frac{1}{0}",
+    r"\int_0^1 x^x dx",
+    "\0\ud800",
+    "__import__('os').system('exit')",
+    "$(exit); `exit`",
+    r"\begin{pmatrix}" + "1 & " * 50 + r"\end{pmatrix}",
+    "".join(random.Random(0).choices("\\{}boxedfrac123^_$&", k=50_000)),
+]
+
+
+def test_hostile_answers_neither_hang_nor_raise():
+    began = time.monotonic()
+    completions = [rf"\boxed{{{text}}}" for text in HOSTILE]
+    assert bupo.math_rewards(completions, ["7"] * len(HOSTILE)) == [0.0] * len(HOSTILE)
+    assert time.monotonic() - began < 60
+    assert bupo.math_reward(r"\boxed{\sqrt{8}}", r"2\sqrt{2}") == 1.0  # and the checker still works
+
+
+# Problems =============================================================================================================
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "answer"),
+    [
+        ({"question": "How many?", "answer": "6 / 2 = 3\n#### 1,003"}, "How many?", "1,003"),  # GSM8K
+        ({"problem": "Sum?", "solution": r"so \boxed{x^2}", "answer": "x^2"}, "Sum?", "x^2"),  # MATH-500
+        ({"problem": "Sum?", "solution": r"so \boxed{\frac{1}{2}}"}, "Sum?", r"\frac{1}{2}"),  # MATH
+        ({"question": "Why?", "final_answer": "Yes", "difficulty": 3.5}, "Why?", "Yes"),  # DeepMath
+        ({"question": "What?", "answer": 42}, "What?", "42"),
+        ({"question": "What?", "answer": 42.0}, "What?", "42"),
+    ],
+)
+def test_load_problems_finds_the_usual_columns(tmp_path, row, question, answer):
+    (problem,) = bupo.load_problems(write_rows(tmp_path / "x.jsonl", [row]))
+    assert problem.messages == [{"role": "system", "content": bupo.SYSTEM}, {"role": "user", "content": question}]
+    assert problem.answer == answer
+
+
+def test_load_problems_reads_chat_prompts_csv_and_the_limit(tmp_path):
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    chat = {"prompt": messages, "reward_model": {"ground_truth": "9", "style": "rule"}, "question": "other"}
+    assert (
+        bupo.load_problems(write_rows(tmp_path / "chat.json", [chat] * 3), limit=2) == [bupo.Problem(messages, "9")] * 2
+    )
+    (tmp_path / "x.csv").write_text("question,answer\na,1\nb,2\n")
+    assert [p.answer for p in bupo.load_problems(str(tmp_path / "x.csv"))] == ["1", "2"]
+
+
+def test_rows_without_question_or_answer_are_dropped_and_counted(tmp_path, capsys):
+    rows = [{"question": q, "answer": a} for q, a in (("a", "1"), (None, "2"), ("c", None), (" ", "4"), ("e", "5"))]
+    assert [p.answer for p in bupo.load_problems(write_rows(tmp_path / "x.jsonl", rows))] == ["1", "5"]
+    assert "question: question, answer: answer; 3 rows lack one" in capsys.readouterr().out
+
+
+def test_the_arithmetic_task_is_right_fits_and_keeps_its_held_out_problems_apart():
+    training, held_out = (bupo.load_problems(s) for s in ("arithmetic", "arithmetic-heldout"))
+    texts = [{p.messages[0]["content"] for p in part} for part in (training, held_out)]
+    assert not texts[0] & texts[1]
+    assert 0.1 < len(held_out) / (len(training) + len(held_out)) < 0.15
+    _, tokenizer = bupo.load_model("tiny")
+    for problem in training + held_out:
+        text = problem.messages[0]["content"]
+        solution = bupo.worked_solution(text)
+        assert eval(text) == int(problem.answer)
+        assert bupo.extract_boxed(solution) == problem.answer
+        assert all(eval(left) == int(right) for left, right in re.findall(r"([\d+-]+)=(\d+)", solution))
+        assert len(solution) - len(r"\boxed{") + 2 <= 40  # tokens, with the end token: nothing is cut off
+    assert len(tokenizer(bupo.worked_solution("9+9+2-1-9")).input_ids) == len("9+9=18;18+2=20;20-1=19;19-9=10[10}")
+
+
+# Evaluation ===========================================================================================================
+
+
+def test_pass_at_k_equals_brute_force():
+    for n, c in [(5, 0), (5, 2), (5, 5), (6, 3)]:
+        outcomes = [1] * c + [0] * (n - c)
+        for k in range(1, n + 1):
+            draws = list(itertools.combinations(outcomes, k))
+            assert bupo.pass_at_k(n, c, k) == pytest.approx(sum(map(max, draws)) / len(draws))
+
+
+def test_evaluate_counts_rightly_and_draws_from_its_own_stream(monkeypatch):
+    model, tokenizer = bupo.load_model("tiny")
+    problems = bupo.load_problems("arithmetic-heldout")[:3]
+    results = iter([1.0, 0.0, 0.0, 0.0] + [1.0] * 4 + [0.0] * 4)
+    monkeypatch.setattr(bupo, "math_rewards", lambda texts, answers: [next(results) for _ in texts])
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    metrics, samples = bupo.evaluate(model, tokenizer, problems, k=4, max_new_tokens=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert metrics["eval_avg"] == pytest.approx(5 / 12)
+    assert metrics["eval_se"] == pytest.approx(torch.tensor([0.25, 1.0, 0.0]).std().item() / math.sqrt(3))
+    assert metrics["eval_pass"] == pytest.approx([5 / 12, (1 / 2 + 1) / 3, (3 / 4 + 1) / 3, 2 / 3])
+    monkeypatch.undo()
+    assert bupo.evaluate(model, tokenizer, problems, k=4, max_new_tokens=5)[1][0][1].ids == samples[0][1].ids
+
+
+# Models ===============================================================================================================
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "GPT2", "Olmo2", "Cohere", "Granite"])
+def test_models_that_are_not_llama_like_are_refused(family):
+    shape = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    extra = dict(residual_multiplier=0.5) if family == "Granite" else {}
+    config = getattr(transformers, f"{family}Config")(**shape, **extra, pad_token_id=0, eos_token_id=1)
+    kind = f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(config).eval()
+    with pytest.raises(bupo.UsageError, match="not Llama-like"):
+        bupo.check_model(model)
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen2", "Llama", "Mistral"])
+def test_llama_like_models_are_accepted(family):
+    bupo.check_model(small_model(family))
+
+
+def test_prompts_without_chat_template_or_system_role():
+    _, tokenizer = bupo.load_model("tiny")
+    problem = bupo.Problem([{"role": "system", "content": "S"}, {"role": "user", "content": "1+1"}], "2")
+    assert tokenizer.decode(bupo.encode(tokenizer, problem)) == "<|user|>S\n\n1+1<|assistant|>"
+    tokenizer.chat_template = None
+    assert tokenizer.decode(bupo.encode(tokenizer, problem)) == "S\n\n1+1\n\n"
+
+
+# The command line =====================================================================================================
+
+SHORT = dict(
+    warm_up_steps=2, prompts=4, group=2, mini_batch=2, eval_problems=4, eval_k=2, max_completion=12, internal_steps=1
+)
+
+
+def flags(**settings) -> list[str]:
+    return [text for name, value in settings.items() for text in ("--" + name.replace("_", "-"), str(value))]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a short finished run of two steps, one in each phase."""
+    out = tmp_path_factory.mktemp("run") / "a"
+    assert bupo.main(flags(out=out, steps=2, **SHORT)) == 0
+    return out
+
+
+STEP_KEYS = {
+    "step",
+    "layer",
+    "reward",
+    "entropy",
+    "layer_entropy",
+    "completion_tokens",
+    "truncated",
+    "no_signal",
+    "clipped",
+}
+STEP_KEYS |= {"ratio_mean", "ratio_max", "grad_norm", "rollout_tokens_per_s", "update_tokens_per_s", "peak_memory_gb"}
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_run_writes_its_settings_metrics_completions_and_model(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert (config["model"], config["internal_layer"], config["lr"]) == ("tiny", "3", 1e-4)
+    metrics = lines(finished / "metrics.jsonl")
+    assert [(line["step"], "eval_avg" in line) for line in metrics] == [(0, True), (1, False), (2, False), (2, True)]
+    assert [line["layer"] for line in metrics if "layer" in line] == [3, 6]
+    assert metrics[1].keys() >= STEP_KEYS
+    assert {"eval_avg", "eval_se", "eval_pass", "eval_k", "eval_problems"} <= metrics[0].keys()
+    assert metrics[2]["layer_entropy"] == pytest.approx(metrics[2]["entropy"], abs=1e-4)  # l = L: what was sampled
+    assert {line["step"] for line in lines(finished / "completions.jsonl")} == {0, 2}
+    model = transformers.AutoModelForCausalLM.from_pretrained(finished / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "model")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "<|assistant|>" in tokenizer.chat_template
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_finished_run_can_be_evaluated_with_the_settings_of_its_origin(finished, tmp_path, capsys):
+    assert (
+        bupo.main(flags(model=finished, steps=0, out=tmp_path / "b", eval_problems=4, eval_k=2, max_completion=12)) == 0
+    )
+    (metrics,) = lines(tmp_path / "b" / "metrics.jsonl")
+    assert metrics["eval_avg"] == lines(finished / "metrics.jsonl")[-1]["eval_avg"]
+    assert re.search(r"avg@2 .* 4 held-out problems", capsys.readouterr().out)
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["eval_dataset"] == "arithmetic-heldout"
+    assert not (tmp_path / "b" / "model").exists()
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Two runs have the same weights and the same metrics, but for what was measured with a clock."""
+    timed = {"rollout_tokens_per_s", "update_tokens_per_s", "peak_memory_gb", "seconds"}
+    for file in ("metrics.jsonl", "completions.jsonl"):
+        first, second = (
+            [{k: v for k, v in line.items() if k not in timed} for line in lines(x / file)] for x in (a, b)
+        )
+        assert first == second
+    models = [transformers.AutoModelForCausalLM.from_pretrained(x / "model").state_dict() for x in (a, b)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_a_resumed_run_repeats_an_undisturbed_one_bit_for_bit(tmp_path):
+    settings = dict(**SHORT, eval_every=2, save_every=2)
+    assert bupo.main(flags(out=tmp_path / "a", steps=4, **settings)) == 0
+    assert bupo.main(flags(out=tmp_path / "b", steps=3, **settings)) == 0
+    assert bupo.main(flags(resume=tmp_path / "b", steps=4)) == 0
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_auto_finds_a_layer_and_bfloat16_runs(tmp_path, capsys):
+    settings = flags(out=tmp_path / "a", steps=2, internal_layer="auto", precision="bfloat16", **SHORT)
+    assert bupo.main(settings) == 0
+    assert re.search(r"Boundary    layer [1-6]", capsys.readouterr().out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
+    assert model.dtype == torch.bfloat16
+
+
+def test_every_setting_is_a_flag_with_help_and_both_defaults(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bupo.main(["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--internal-steps" in text
+    assert "steps of phase 1, on pi^l; 0 is plain GRPO (paper: 30 or 20) [10 | 30]" in text
+    recipe = [f for f in bupo.fields(bupo.Config) if f.name in ("lr", "clip", "group", "prompts", "average", "steps")]
+    assert all("paper" in f.metadata["help"] for f in recipe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "/no/such/model"], "cannot be loaded"),
+        (["--model", "nobody/no-such-model"], "cannot be loaded"),
+        (["--model", "{tmp}"], "no folder with a model"),
+        (["--dataset", "{tmp}/none.parquet"], "does not exist"),
+        (["--dataset", "nobody/no-such-data"], "cannot be loaded"),
+        (["--dataset", "{tmp}/noise.parquet"], "cannot be read as parquet"),
+        (["--dataset", "{tmp}/columns.jsonl"], "has no question column, only a, b"),
+        (["--dataset", "{tmp}/question.jsonl"], "has no answer column"),
+        (["--dataset", "{tmp}/empty.csv"], "has no rows"),
+        (["--dataset", "{tmp}/null.jsonl"], "no row with both"),
+        (["--max-prompt", "3"], "raise --max-prompt"),
+        (["--internal-layer", "7"], "must be 1 to 6"),
+        (["--internal-layer", "0"], "must be 1 to 6"),
+        (["--internal-layer", "low"], "a number from 1 on, or auto"),
+        (["--internal-norm", "both"], "must be one of final, none"),
+        (["--group", "1"], "must be a number from 2 on"),
+        (["--mini-batch", "5"], "must divide --prompts 4"),
+        (["--temperature", "0"], "--temperature must be"),
+        (["--lr", "nan"], "--lr must be"),
+        (["--max-completion", "1000"], "max_position_embeddings"),
+        (["--device", "cuda:99"], "cannot be used"),
+        (["--out", "{tmp}"], "is there already"),
+        (["--resume", "{tmp}/nothing"], "no run to resume"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_exit_code_2(arguments, sentence, tmp_path, capsys):
+    (tmp_path / "noise.parquet").write_bytes(b"no parquet at all")
+    write_rows(tmp_path / "columns.jsonl", [{"a": 1, "b": 2}])
+    write_rows(tmp_path / "question.jsonl", [{"question": "q"}])
+    write_rows(tmp_path / "null.jsonl", [{"question": None, "answer": "1"}])
+    (tmp_path / "empty.csv").write_text("question,answer\n")
+    before = sorted(tmp_path.rglob("*"))
+    out = {} if "--out" in arguments or "--resume" in arguments else {"out": tmp_path / "new"}
+    settings = {} if "--resume" in arguments else {**SHORT, **out}
+    assert bupo.main([*flags(**settings), *(a.format(tmp=tmp_path) for a in arguments)]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1, errors
+    assert sentence in errors[0]
+    assert errors[0].endswith(".")
+    assert sorted(tmp_path.rglob("*")) == before  # nothing written, nothing lost
+
+
+def test_an_unknown_flag_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bupo.main(["--no-such-flag", "3"])
+    assert stopped.value.code == 2
+
+
+def test_a_changed_setting_is_refused_by_name_when_resuming(finished, capsys):
+    assert bupo.main(flags(resume=finished, lr=1.0)) == 2
+    assert "--lr cannot change in a resumed run, only --steps" in capsys.readouterr().err
+
+
+# The whole ============================================================================================================
+
+
+def test_a_short_run_of_the_built_in_task_raises_held_out_accuracy(tmp_path):
+    """From the command line, as a user does. One fixed seed; 15 steps with the phase switch after 3."""
+    settings = flags(steps=15, internal_steps=3, eval_problems=128, eval_every=15, out=tmp_path / "a")
+    done = subprocess.run([sys.executable, bupo.__file__, *settings], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    metrics = lines(tmp_path / "a" / "metrics.jsonl")
+    before, after = (line for line in metrics if "eval_avg" in line)
+    assert after["eval_avg"] > before["eval_avg"] + 0.08
+    assert before["eval_avg"] > 0.25  # the warm-up left something to reinforce
+    assert all(line["first_ratio_error"] < 1e-3 for line in metrics if line.get("first_ratio_error") is not None)
