@@ -365,14 +365,14 @@ def plain_number(text: str) -> Fraction | None:
     return Fraction(text) if re.fullmatch(r"-?(\d+\.?|\d*\.\d+|\d+/0*[1-9]\d*)", text, re.ASCII) else None
 
 
-CHECK_SECONDS = 3  # a fair comparison takes milliseconds, the slowest of the paper's answers 0.4 s
+CHECK_SECONDS = 2  # a fair comparison takes milliseconds, the slowest of the paper's answers 0.4 s
 CHECKER = rf"""
 import faulthandler, json, os, sys
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 try:
     import resource
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 except ImportError:
     pass  # a system without limits
 sys.set_int_max_str_digits(0)
@@ -970,93 +970,46 @@ def train(config: Config, resume: bool = False) -> Path:
     follows from the seed, its purpose and the step, so a resumed run repeats an undisturbed one, bit for bit on a CPU.
     Raises UsageError for what the user can mend, and on Ctrl-C or SIGTERM, after a checkpoint, KeyboardInterrupt.
     """
-    # Set up: the model, the problems, the folder, the optimizer.
-    device, bfloat16 = choose_device(config)
-    torch.manual_seed(config.seed)
-    out, start = run_folder(config, resume), last_checkpoint(config) if resume else None
-    model, tokenizer = load_model(str(start or config.model), device, config.seed)
-    num_layers = len(model.get_decoder().layers)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    shape = f"{type(model).__name__}, {num_layers} layers, {size:.1f} M weights"
-    print(f"Model       {config.model}: {shape}, {'bfloat16' if bfloat16 else 'float32'} on {device}")
-    check_against_model(config, model, tokenizer)
-    held_out = (
-        usable_problems(config.eval_dataset, config.eval_problems, tokenizer, config) if config.eval_problems else []
-    )
-    problems = usable_problems(config.dataset, config.train_problems, tokenizer, config) if config.steps else []
-    internal_layer = None if config.internal_layer == "auto" else int(config.internal_layer)
-    adam = dict(betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=device.type == "cuda")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, **adam)
-    done, log_sizes = 0, {}
-    if start:
-        done, internal_layer, log_sizes = load_training_state(start, optimizer, device)
-        print(f"Resumed     after step {done}, from {start}")
-    prepare_folder(out, config, log_sizes)
-    if config.model == "tiny" and not start:
-        print(f"Warm-up     {config.warm_up_steps} supervised steps on worked and careless answers")
-        warm_up(model, tokenizer, config.warm_up_steps, config.seed)
-    actor = bfloat16_copy(model) if bfloat16 else model  # what completions are drawn from
-    if config.recompute:
-        recompute_activations(model)
-    ends, whole, skipped_in_row, no_reward_steps, said = end_tokens(model, tokenizer), True, 0, 0, set()
-
-    def evaluation(step: int) -> None:
-        if held_out:
-            draws = dict(
-                temperature=config.eval_temperature, rows=config.rows, seed=config.seed, thinking=config.thinking
-            )
-            metrics, samples = evaluate(actor, tokenizer, held_out, config.eval_k, config.max_completion, **draws)
-            log(out / "metrics.jsonl", dict(step=step, **metrics))
-            for problem, completion, reward in samples[: 8 * config.eval_k : config.eval_k]:
-                log(out / "completions.jsonl", sample_record(step, tokenizer, problem, completion, reward))
-            say_evaluation(step, metrics)
-
-    def save() -> None:
-        save_checkpoint(out, done, model, tokenizer, optimizer, internal_layer, log_sizes, config.keep)
-
-    bar = tqdm(total=config.steps, initial=done, desc="training", unit="step", disable=not config.steps)
+    run = set_up(config, resume)
+    bar = tqdm(total=config.steps, initial=run.done, desc="training", unit="step", disable=not config.steps)
     try:
-        if done % config.eval_every == 0 or done == config.steps:
-            evaluation(done)
-        for step in range(done + 1, config.steps + 1):
+        if run.done % config.eval_every == 0 or run.done == config.steps:
+            evaluate_run(run)
+        for step in range(run.done + 1, config.steps + 1):
             # 1 Draw problems, and G completions of each from the full policy pi, in either phase.
             began = time.perf_counter()
-            batch = [problems[i] for i in problems_of_step(step, len(problems), config.prompts, config.seed)]
-            asked = [problem for problem in batch for _ in range(config.group)]
-            prompts = [encode(tokenizer, problem, config.thinking) for problem in asked]
-            stream = random_stream(device, config.seed, f"rollout {step}")
-            completions = sample(
-                actor, prompts, config.max_completion, ends, config.temperature, config.rows, stream, "rollouts"
-            )
+            numbers = problems_of_step(step, len(run.problems), config.prompts, config.seed)
+            asked = [run.problems[i] for i in numbers for _ in range(config.group)]
+            prompts = [encode(run.tokenizer, problem, config.thinking) for problem in asked]
+            draws = dict(temperature=config.temperature, rows=config.rows, bar="rollouts")
+            stream = random_stream(run.device, config.seed, f"rollout {step}")
+            completions = sample(run.actor, prompts, config.max_completion, run.ends, generator=stream, **draws)
             sequences = [(prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True)]
-            sampled = time.perf_counter()
+            rollout_seconds = time.perf_counter() - began
 
             # 2 Reward 1 for a right boxed answer, else 0.
-            rewards = math_rewards([decode(tokenizer, c) for c in completions], [p.answer for p in asked])
+            texts = [decode(run.tokenizer, completion) for completion in completions]
+            rewards = math_rewards(texts, [problem.answer for problem in asked])
 
             # 3 Normalise within each problem's group.
             advantages = group_advantages(torch.tensor(rewards).view(-1, config.group))  # (problems, group)
 
             # 4 Choose the policy to optimise: pi^l in phase 1, then pi.
-            if internal_layer is None and config.internal_steps:
-                internal_layer = find_boundary(actor, sequences, config)
-            layer = optimised_layer(step, config.internal_steps, internal_layer, num_layers)
+            if run.internal_layer is None and config.internal_steps:
+                run.internal_layer = find_boundary(run.actor, sequences, config)
+            layer = optimised_layer(step, config.internal_steps, run.internal_layer, run.num_layers)
             if step in (1, config.internal_steps + 1):
-                name = (
-                    "the policy pi (GRPO)"
-                    if layer == num_layers
-                    else f"the internal policy of layer {layer} of {num_layers}"
-                )
-                tqdm.write(f"Phase       {1 + (step > config.internal_steps)}, from step {step}: optimises {name}")
+                say_phase(step, layer, run)
 
             with finish_first():  # Ctrl-C waits until the step is whole
-                # 5 Climb the clipped surrogate of that policy, with one optimizer update per mini-batch.
-                whole, updating = False, time.perf_counter()
-                set_learning_rate(optimizer, config.lr * min(1.0, step / config.lr_ramp))
-                updated = update(model, optimizer, sequences, advantages.flatten(), layer, config, bfloat16)
-                if actor is not model:
-                    refresh(actor, model)
-                updated_at = time.perf_counter()
+                # 5 Climb the clipped surrogate of that policy, one optimizer update per mini-batch.
+                run.whole, updating = False, time.perf_counter()
+                for parameters in run.optimizer.param_groups:
+                    parameters["lr"] = config.lr * min(1.0, step / config.lr_ramp)
+                updated = update(run.model, run.optimizer, sequences, advantages.flatten(), layer, config, run.bfloat16)
+                if run.actor is not run.model:
+                    refresh(run.actor, run.model)
+                update_seconds = time.perf_counter() - updating
 
                 # 6 Log; save and evaluate now and then.
                 tokens = sum(len(c.ids) for c in completions)
@@ -1069,39 +1022,31 @@ def train(config: Config, resume: bool = False) -> Path:
                     truncated=statistics.fmean(not c.ended for c in completions),
                     no_signal=statistics.fmean((advantages == 0).all(-1).tolist()),
                     **updated,
-                    rollout_tokens_per_s=tokens / (sampled - began),
-                    update_tokens_per_s=tokens / (updated_at - updating),
-                    peak_memory_gb=peak_memory_gb(device),
+                    rollout_tokens_per_s=tokens / rollout_seconds,
+                    update_tokens_per_s=tokens / update_seconds,
+                    peak_memory_gb=peak_memory_gb(run.device),
                     seconds=time.perf_counter() - began,
                 )
-                log(out / "metrics.jsonl", metrics)
-                done, log_sizes, whole = step, {f.name: f.stat().st_size for f in out.glob("*.jsonl")}, True
+                log(run.out / "metrics.jsonl", metrics)
+                run.done, run.whole = step, True
+                run.log_sizes = {file.name: file.stat().st_size for file in run.out.glob("*.jsonl")}
                 if step % config.save_every == 0 or step == config.steps:
-                    save()
-            say_step(bar, metrics, config)
-            no_reward_steps = 0 if metrics["reward"] else no_reward_steps + 1
-            for sentence in advice(metrics, no_reward_steps) - said:
-                said.add(sentence)
-                tqdm.write(f"Note        {sentence} (step {step})")
-            all_skipped = updated["skipped_updates"] and not updated["grad_norm"]
-            skipped_in_row = skipped_in_row + updated["skipped_updates"] if all_skipped else 0
-            if skipped_in_row >= 10:
-                save()
-                raise UsageError("Ten updates in a row had no finite gradient; lower --lr, or use --precision float32.")
+                    save_checkpoint(run)
+            say_step(bar, metrics, run)
             if step % config.eval_every == 0 or step == config.steps:
                 for i in (0, -1):  # of two problems
-                    say_completion(tokenizer, asked[i], completions[i], rewards[i])
-                evaluation(step)
+                    say_completion(asked[i], texts[i], rewards[i])
+                evaluate_run(run)
     except KeyboardInterrupt:
-        if whole and config.steps:
-            save()
+        if run.whole and config.steps:
+            save_checkpoint(run)
         raise
     finally:
         bar.close()
     if config.steps:
-        write_folder(out / "model", lambda folder: save_model(actor, tokenizer, folder))
-        print(f"Saved       {out / 'model'}; to evaluate it again: python bupo.py --model {out} --steps 0")
-    return out
+        write_folder(run.out / "model", lambda folder: save_model(run.actor, run.tokenizer, folder))
+        print(f"Saved       {run.out / 'model'}; to evaluate it again: python bupo.py --model {run.out} --steps 0")
+    return run.out
 
 
 def update(
@@ -1209,6 +1154,89 @@ def shuffled(count: int, seed: str) -> list[int]:
 # Below: the machine, files and words. Nothing of the method.
 
 
+@dataclass
+class Run:
+    """What a run works with; a checkpoint keeps the model, the optimizer and the fields of the second block."""
+
+    config: Config
+    out: Path
+    device: torch.device
+    bfloat16: bool
+    model: Model  # float32 master weights
+    actor: Model  # what completions are drawn from: the model itself, or its bfloat16 copy
+    tokenizer: Tokenizer
+    optimizer: torch.optim.Optimizer
+    problems: list[Problem]
+    held_out: list[Problem]
+    ends: set[int]
+    num_layers: int
+
+    internal_layer: int | None  # None until `auto` has found it
+    done: int = 0  # steps
+    log_sizes: dict[str, int] = field(default_factory=dict)  # bytes of each log after `done` steps
+
+    whole: bool = True  # False in the middle of a step
+    no_reward_steps: int = 0  # in a row
+    skipped_updates: int = 0  # in a row
+    said: set[str] = field(default_factory=set)
+
+
+def set_up(config: Config, resume: bool) -> Run:
+    """Load, check and prepare everything; nothing is written before everything is checked."""
+    device, bfloat16 = choose_device(config)
+    if origin(config.model) == "tiny" and device.type == "cpu":
+        torch.set_num_threads(1)  # more make so small a model no faster, and on a busy machine many times slower
+    torch.manual_seed(config.seed)
+    out, start = run_folder(config, resume), last_checkpoint(config) if resume else None
+    model, tokenizer = load_model(str(start or config.model), device, config.seed)
+    num_layers, size = len(model.get_decoder().layers), sum(p.numel() for p in model.parameters()) / 1e6
+    shape = f"{type(model).__name__}, {num_layers} layers, {size:.1f} M weights"
+    print(f"Model       {config.model}: {shape}, {'bfloat16' if bfloat16 else 'float32'} on {device}")
+    check_against_model(config, model, tokenizer)
+    held_out, problems = [], []
+    if config.eval_problems:
+        held_out = usable_problems(config.eval_dataset, config.eval_problems, tokenizer, config)
+    if config.steps:
+        problems = usable_problems(config.dataset, config.train_problems, tokenizer, config)
+    adam = dict(betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, **adam)
+    layer = None if config.internal_layer == "auto" else int(config.internal_layer)
+    parts = (config, out, device, bfloat16, model, model, tokenizer, optimizer, problems, held_out)
+    run = Run(*parts, end_tokens(model, tokenizer), num_layers, layer)
+    if start:
+        load_training_state(start, run)
+        print(f"Resumed     after step {run.done}, from {start}")
+    prepare_folder(out, config, run.log_sizes)
+    if config.model == "tiny" and not start:
+        print(f"Warm-up     {config.warm_up_steps} supervised steps on worked and careless answers")
+        warm_up(model, tokenizer, config.warm_up_steps, config.seed)
+    if bfloat16:
+        run.actor = bfloat16_copy(model)
+    if config.recompute:
+        recompute_activations(model)
+    return run
+
+
+def evaluate_run(run: Run) -> None:
+    """Evaluate on the held-out problems, if there are any, log it and say it."""
+    if not run.held_out:
+        return
+    c = run.config
+    draws = dict(temperature=c.eval_temperature, rows=c.rows, seed=c.seed, thinking=c.thinking)
+    metrics, samples = evaluate(run.actor, run.tokenizer, run.held_out, c.eval_k, c.max_completion, **draws)
+    log(run.out / "metrics.jsonl", dict(step=run.done, **metrics))
+    for problem, completion, reward in samples[: 8 * c.eval_k : c.eval_k]:  # one of each of the first eight problems
+        asked = dict(messages=problem.messages, answer=problem.answer)
+        ids = dict(prompt_ids=encode(run.tokenizer, problem, c.thinking), ids=completion.ids)
+        text = dict(completion=decode(run.tokenizer, completion), ended=completion.ended, reward=reward)
+        log(run.out / "completions.jsonl", dict(step=run.done, **asked, **text, **ids))
+    average, error, passed = (
+        100 * (x or 0) for x in (metrics["eval_avg"], metrics["eval_se"], metrics["eval_pass"][-1])
+    )
+    score = f"avg@{c.eval_k} {average:.1f} % (standard error {error:.1f}), pass@{c.eval_k} {passed:.1f} %"
+    tqdm.write(f"Evaluation  step {run.done}: {score}, {len(run.held_out)} held-out problems")
+
+
 def choose_device(config: Config) -> tuple[torch.device, bool]:
     """The device, and whether to compute in bfloat16."""
     name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -1237,11 +1265,6 @@ def refresh(actor: Model, model: Model) -> None:
 def recompute_activations(model: Model) -> None:
     """Activation checkpointing while training, under the name that this release of transformers has for it."""
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 @contextlib.contextmanager
@@ -1312,7 +1335,9 @@ def prepare_folder(out: Path, config: Config, log_sizes: dict[str, int]) -> None
         out.mkdir(parents=True, exist_ok=True)
         for file in out.glob("*.jsonl"):
             os.truncate(file, log_sizes.get(file.name, 0))
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+        settings = out / ".config.json"
+        settings.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+        settings.replace(out / "config.json")  # at no moment is there half a file
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror}); give another --out.") from error
 
@@ -1341,18 +1366,30 @@ def save_model(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_checkpoint(out, step, model, tokenizer, optimizer, internal_layer, log_sizes, keep) -> None:
-    """Write checkpoint-STEP, which --resume goes on from and --model loads, and remove all but the last `keep`."""
+def save_checkpoint(run: Run) -> None:
+    """Write checkpoint-STEP, which --resume goes on from and --model loads; remove all but the last `keep`."""
 
-    def write(folder: Path):
-        save_model(model, tokenizer, folder)
-        state = dict(step=step, internal_layer=internal_layer, log_sizes=log_sizes, optimizer=optimizer.state_dict())
-        torch.save(state, folder / "training.pt")
+    def write(folder: Path) -> None:
+        save_model(run.model, run.tokenizer, folder)
+        state = dict(done=run.done, internal_layer=run.internal_layer, log_sizes=run.log_sizes)
+        torch.save(dict(**state, optimizer=run.optimizer.state_dict()), folder / "training.pt")
 
-    if not (out / f"checkpoint-{step}").exists():
-        write_folder(out / f"checkpoint-{step}", write)
-    for old in checkpoints(out)[:-keep] if keep else []:
+    folder = run.out / f"checkpoint-{run.done}"
+    if not folder.exists():
+        write_folder(folder, write)
+    for old in checkpoints(run.out)[: -run.config.keep] if run.config.keep else []:
         shutil.rmtree(old)
+
+
+def load_training_state(folder: Path, run: Run) -> None:
+    """Restore what `save_checkpoint` wrote beside the model."""
+    try:
+        state = torch.load(folder / "training.pt", map_location=run.device, weights_only=True)
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.done, run.internal_layer, run.log_sizes = state["done"], state["internal_layer"], state["log_sizes"]
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        mend = "remove it, and --resume goes on from the one before"
+        raise UsageError(f"The checkpoint {folder} is damaged or of another model; {mend}.") from error
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -1362,17 +1399,6 @@ def checkpoints(out: Path) -> list[Path]:
 
 def last_checkpoint(config: Config) -> Path | None:
     return next(reversed(checkpoints(Path(config.out))), None)
-
-
-def load_training_state(folder: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, Any, dict]:
-    """Restore the optimizer; returns the number of steps done, the internal layer and the sizes of the logs then."""
-    try:
-        state = torch.load(folder / "training.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        mend = "remove it, and --resume goes on from the one before"
-        raise UsageError(f"The checkpoint {folder} is damaged or of another model; {mend}.") from error
-    return state["step"], state["internal_layer"], state["log_sizes"]
 
 
 def log(file: Path, record: dict) -> None:
@@ -1385,49 +1411,48 @@ def log(file: Path, record: dict) -> None:
         raise UsageError(f"{file} cannot be written ({first_line(error)}); {mend}.") from error
 
 
-def sample_record(step: int, tokenizer: Tokenizer, problem: Problem, completion: Completion, reward: float) -> dict:
-    """A line of completions.jsonl."""
-    asked = dict(step=step, messages=problem.messages, answer=problem.answer, prompt_ids=encode(tokenizer, problem))
-    return dict(
-        asked, completion=decode(tokenizer, completion), ids=completion.ids, ended=completion.ended, reward=reward
+def say_phase(step: int, layer: int, run: Run) -> None:
+    name = (
+        f"the internal policy of layer {layer} of {run.num_layers}"
+        if layer < run.num_layers
+        else "the policy pi (GRPO)"
     )
+    tqdm.write(f"Phase       {1 + (step > run.config.internal_steps)}, from step {step}: optimises {name}")
 
 
-def say_evaluation(step: int, metrics: dict) -> None:
-    k, count = metrics["eval_k"], metrics["eval_problems"]
-    average, error, passed = (
-        100 * (x or 0) for x in (metrics["eval_avg"], metrics["eval_se"], metrics["eval_pass"][-1])
-    )
-    score = f"avg@{k} {average:.1f} % (standard error {error:.1f}), pass@{k} {passed:.1f} %"
-    tqdm.write(f"Evaluation  step {step}: {score}, {count} held-out problems")
+def say_completion(problem: Problem, text: str, reward: float) -> None:
+    question, text = (" ".join(t.split()) for t in (problem.messages[-1]["content"], text))
+    text = text if len(text) < 300 else f"{text[:150]} ... {text[-150:]}"
+    tqdm.write(f"Completion  {question[:150]} -> {text}  [answer {problem.answer}, reward {reward:.0f}]")
 
 
-def say_step(bar: tqdm, metrics: dict, config: Config) -> None:
+def say_step(bar: tqdm, metrics: dict, run: Run) -> None:
+    """Move the bar, say once what a user should know, and stop after ten updates in a row without a finite gradient."""
+    phase, numbers = 1 + (metrics["step"] > run.config.internal_steps), ("reward", "completion_tokens", "entropy")
+    bar.set_postfix(phase=phase, **{name.partition("_")[0]: f"{metrics[name]:.3g}" for name in numbers})
     bar.update()
-    numbers = dict(reward=metrics["reward"], length=metrics["completion_tokens"], entropy=metrics["entropy"])
-    bar.set_postfix(phase=1 + (metrics["step"] > config.internal_steps), **{k: f"{v:.3g}" for k, v in numbers.items()})
+    run.no_reward_steps = 0 if metrics["reward"] else run.no_reward_steps + 1
+    for sentence in advice(metrics, run.no_reward_steps) - run.said:
+        run.said.add(sentence)
+        tqdm.write(f"Note        {sentence} (step {metrics['step']})")
+    run.skipped_updates = 0 if metrics["grad_norm"] else run.skipped_updates + metrics["skipped_updates"]
+    if run.skipped_updates >= 10:
+        save_checkpoint(run)
+        raise UsageError("Ten updates in a row had no finite gradient; lower --lr, or use --precision float32.")
 
 
 def advice(metrics: dict, no_reward_steps: int) -> set[str]:
     """What a user should know about a step, and what to do."""
     notes = {
-        "no reward in 20 steps: read completions.jsonl; are the answers boxed, the problems too hard?": no_reward_steps
-        >= 20,
+        "no reward in 20 steps: read completions.jsonl; are answers boxed, problems too hard?": no_reward_steps >= 20,
         "most completions are cut off: raise --max-completion": metrics["truncated"] > 0.5,
-        "most groups have equal rewards and teach nothing: raise --group, or change the problems": metrics["no_signal"]
+        "most groups have equal rewards and teach nothing: raise --group, or change --dataset": metrics["no_signal"]
         > 0.8,
-        "the entropy is nearly 0, there is nothing left to explore: lower --lr, stop earlier": metrics["entropy"]
-        < 0.02,
+        "the entropy is nearly 0, nothing is left to explore: lower --lr or stop earlier": metrics["entropy"] < 0.02,
         "the ratio is not 1 before the first update: please report this bug": (metrics["first_ratio_error"] or 0)
         > 0.05,
     }
     return {sentence for sentence, true in notes.items() if true}
-
-
-def say_completion(tokenizer: Tokenizer, problem: Problem, completion: Completion, reward: float) -> None:
-    question, text = (" ".join(t.split()) for t in (problem.messages[-1]["content"], decode(tokenizer, completion)))
-    text = text if len(text) < 300 else f"{text[:150]} ... {text[-150:]}"
-    tqdm.write(f"Completion  {question[:150]} -> {text}  [answer {problem.answer}, reward {reward:.0f}]")
 
 
 def first_line(error: BaseException) -> str:

@@ -9,9 +9,14 @@ import math
 import os
 import random
 import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: nothing here may wait for a hub
@@ -19,9 +24,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is import
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings, strategies
 from torch import Tensor
 
 import bupo
+
+torch.set_num_threads(1)  # more do not help models as small as these
 
 PAPER_FILES = Path(__file__).parent.parent / "shared" / "data"  # the paper's problems, where somebody has put them
 
@@ -308,6 +316,18 @@ def test_an_update_without_any_advantage_moves_nothing():
     assert all(math.isfinite(v) for v in metrics.values() if v is not None)
 
 
+@pytest.mark.parametrize("average", ["token", "sequence"])
+def test_empty_and_single_token_completions_are_legal(average):
+    model = small_model()
+    rollout = random_sequences([(3, 0), (3, 1), (6, 0), (6, 1), (5, 0), (5, 3), (2, 1), (2, 1)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for micro_tokens in (1, 1000):
+        config = update_settings(average=average, micro_tokens=micro_tokens)
+        metrics = bupo.update(model, optimizer, rollout, ADVANTAGES + 0.5, 4, config)
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert metrics["skipped_updates"] == 0
+
+
 def test_a_gradient_that_is_not_finite_skips_the_update():
     model = small_model()
     before = [p.detach().clone() for p in model.parameters()]
@@ -503,29 +523,121 @@ def test_every_gold_answer_of_the_paper_is_right_against_itself():
     assert [gold for gold in golds if bupo.math_reward(rf"\boxed{{{gold}}}", gold) != 1] == []
 
 
-HOSTILE = [
-    "9^{9^{9^9}}",
-    "(10^9)!",
-    "10^{10^{10}}",
-    "9" * 100_000,
-    "{" * 1000,
-    r"\frac{" * 100 + "1" + "}{2}" * 100,
-    r"\frac{1}{0}",
-    r"\int_0^1 x^x dx",
-    "\0\ud800",
-    "__import__('os').system('exit')",
-    "$(exit); `exit`",
-    r"\begin{pmatrix}" + "1 & " * 50 + r"\end{pmatrix}",
-    "".join(random.Random(0).choices("\\{}boxedfrac123^_$&", k=50_000)),
-]
+def hostile_answers() -> list[str]:
+    """220 answers that a model under RL might give and that stall, crash or fool careless graders."""
+    rng = random.Random(0)
+    shapes = [
+        "9^{9^{9^{%d}}}",
+        "(10^{%d})!",
+        "10^{10^{%d}}",
+        "%d^{%d^{%d}}",
+        r"\frac{%d}{0}",
+        r"\int_0^{%d} x^{x^x} dx",
+    ]
+    shapes += [
+        r"\binom{10^{%d}}{10^5}",
+        r"\sum_{k=1}^{10^{%d}} k^k",
+        r"\sqrt[%d]{\sqrt{-1}^{\pi}}",
+        r"\lim_{x \to %d} x^{1/0}",
+    ]
+    shapes += [
+        "__import__('os')._exit(%d)",
+        "$(kill -9 %d)",
+        "'; exit %d #",
+        "../../../../etc/passwd%d",
+        r"\input{/etc/passwd%d}",
+    ]
+    answers = [shape % ((n,) * shape.count("%d")) for shape in shapes for n in (7, 30, 99, 12345)]
+    for n in (50, 200, 1000):
+        answers += [
+            "{" * n,
+            "}" * n,
+            "{" * n + "1" + "}" * n,
+            r"\frac{" * n + "1" + "}{2}" * n,
+            "(" * n + "x" + ")" * n,
+        ]
+        answers += [r"\sqrt{" * n + "2" + "}" * n, "-" * n + "1", "1" + "+1" * n, "9" * n + "/" + "7" * n, r"\left" * n]
+    answers += [
+        "9" * 100_000,
+        "1." + "0" * 50_000 + "1",
+        "1e999999999",
+        "0x" + "f" * 5000,
+        "-" * 50_000,
+        "7" + "\0",
+        "\ud800",
+        "\0" * 500,
+    ]
+    for size in (5, 17, 50):
+        row = " & ".join("x" * (i % 3 + 1) for i in range(size))
+        answers.append(r"\begin{pmatrix} " + r" \\ ".join([row] * size) + r" \end{pmatrix}")
+        answers.append(r"\det" + answers[-1])
+    for size in (10, 100, 299, 1000, 50_000):
+        for alphabet in (
+            "\\{}boxedfrac123_^$&",
+            "0123456789^!().",
+            "".join(map(chr, range(1, 255))),
+            "\u0660\u0661\u00b2\u221e\u4e03",
+        ):
+            answers += ["".join(rng.choices(alphabet, k=size)) for _ in range(5)]
+    return answers
 
 
-def test_hostile_answers_neither_hang_nor_raise():
-    began = time.monotonic()
-    completions = [rf"\boxed{{{text}}}" for text in HOSTILE]
-    assert bupo.math_rewards(completions, ["7"] * len(HOSTILE)) == [0.0] * len(HOSTILE)
-    assert time.monotonic() - began < 60
+def test_hostile_answers_neither_raise_nor_hang_nor_leave_processes_behind():
+    answers = hostile_answers()
+    assert len(answers) >= 200
+
+    def timed(answer: str) -> tuple[float, float]:
+        began = time.monotonic()
+        return bupo.math_reward(rf"\boxed{{{answer}}}", "7"), time.monotonic() - began
+
+    with ThreadPoolExecutor(4) as pool:
+        rewards, seconds = zip(*pool.map(timed, answers), strict=True)
+    assert set(rewards) == {0.0}
+    assert max(seconds) < bupo.CHECK_SECONDS + 8  # on a busy machine a new checker takes seconds to start
     assert bupo.math_reward(r"\boxed{\sqrt{8}}", r"2\sqrt{2}") == 1.0  # and the checker still works
+    children = Path(f"/proc/self/task/{threading.main_thread().native_id}/children")
+    if children.exists():
+        assert len(children.read_text().split()) <= len(bupo.CHECKERS) + 2
+
+
+def test_rewards_hold_off_the_main_thread_and_without_sigalrm(monkeypatch):
+    monkeypatch.delattr(signal, "SIGALRM")
+    bupo.same_value.cache_clear()
+    texts = [r"\boxed{\frac{2\pi}{4}}", r"\boxed{10^{10^{11}}}", r"\boxed{x+x}", r"\boxed{x+1}"]
+    rewards = []
+    thread = threading.Thread(
+        target=lambda: rewards.extend(bupo.math_rewards(texts, [r"\frac{\pi}{2}", "3", "2x", "2x"]))
+    )
+    thread.start()
+    thread.join(60)
+    assert rewards == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_a_checker_that_someone_killed_is_replaced():
+    checker = bupo.AnswerChecker()
+    assert checker("2x", "x+x")
+    checker.child.kill()
+    checker.child.wait()
+    assert checker("2x", "x+x")
+    checker.child.kill()
+    checker.child.communicate()
+
+
+@settings(deadline=None, max_examples=300)
+@given(text=strategies.text(alphabet="\\{}boxed fbox123$ax"), inside=strategies.text(alphabet="ab12+-=^_ "))
+def test_the_last_box_is_found_after_any_text(text, inside):
+    assert bupo.extract_boxed(text + rf" \boxed{{{inside}}}") == inside.strip()
+    found = bupo.extract_boxed(text)
+    assert found is None or found in text
+
+
+@settings(deadline=None, max_examples=50)
+@given(text=strategies.text(max_size=30), number=strategies.integers(-(10**12), 10**12))
+def test_a_reward_is_0_or_1_for_any_text(text, number):
+    assert bupo.math_reward(text, "7") in (0.0, 1.0)
+    assert bupo.math_reward(rf"\boxed{{{text}}}", "7") in (0.0, 1.0)
+    assert bupo.math_reward(rf"\boxed{{{number}}}", str(number)) == 1.0
+    assert bupo.math_reward(rf"\boxed{{{number + 1}}}", str(number)) == 0.0
 
 
 # Problems =============================================================================================================
@@ -567,6 +679,12 @@ def test_rows_without_question_or_answer_are_dropped_and_counted(tmp_path, capsy
     rows = [{"question": q, "answer": a} for q, a in (("a", "1"), (None, "2"), ("c", None), (" ", "4"), ("e", "5"))]
     assert [p.answer for p in bupo.load_problems(write_rows(tmp_path / "x.jsonl", rows))] == ["1", "5"]
     assert "question: question, answer: answer; 3 rows lack one" in capsys.readouterr().out
+
+
+def test_one_row_and_duplicate_rows_are_enough_to_train_on(tmp_path):
+    for count in (1, 3):
+        file = write_rows(tmp_path / f"{count}.jsonl", [{"question": "1+2", "answer": 3}] * count)
+        assert bupo.main(flags(dataset=file, out=tmp_path / f"run-{count}", steps=1, **SHORT)) == 0
 
 
 def test_the_arithmetic_task_is_right_fits_and_keeps_its_held_out_problems_apart():
@@ -725,6 +843,121 @@ def test_a_resumed_run_repeats_an_undisturbed_one_bit_for_bit(tmp_path):
     same_run(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """A finished run of five steps with a checkpoint after each, to compare disturbed ones with."""
+    out = tmp_path_factory.mktemp("undisturbed") / "a"
+    assert bupo.main(flags(out=out, steps=5, save_every=1, eval_every=2, **SHORT)) == 0
+    return out
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, bupo.__file__, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process: subprocess.Popen, condition) -> None:
+    limit = time.monotonic() + 120
+    while process.poll() is None and not condition() and time.monotonic() < limit:
+        time.sleep(0.001)
+    assert process.poll() is None, "the run ended before it could be disturbed"
+
+
+def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(undisturbed, tmp_path):
+    out = tmp_path / "b"
+    process = start(*flags(out=out, steps=5, save_every=1, eval_every=2, **SHORT))
+    wait_for(process, lambda: (out / "metrics.jsonl").exists())  # before any checkpoint
+    process.kill()
+    process.communicate()
+    process = start(*flags(resume=out))
+    wait_for(process, lambda: list(out.glob(".checkpoint-*.tmp")))  # inside a checkpoint
+    process.kill()
+    process.communicate()
+    process = start(*flags(resume=out))
+    wait_for(process, lambda: (out / "checkpoint-3").exists())
+    process.terminate()  # as a cluster does: the run saves, says so and ends
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert f"go on with --resume {out}" in errors
+    assert "Traceback" not in errors
+    assert bupo.main(flags(resume=out)) == 0
+    same_run(undisturbed, out)
+    assert sorted(path.name for path in out.glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-5"]  # the last two
+
+
+def copied(run: Path, to: Path) -> Path:
+    return shutil.copytree(run, to)
+
+
+def test_damaged_and_foreign_checkpoints_are_named(undisturbed, tmp_path, capsys):
+    run = copied(undisturbed, tmp_path / "cut")
+    for name in ("training.pt", "model.safetensors"):
+        file = run / "checkpoint-5" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        before = (run / "metrics.jsonl").read_text()
+        assert bupo.main(flags(resume=run)) == 2
+        assert "checkpoint-5" in capsys.readouterr().err
+        assert (run / "metrics.jsonl").read_text() == before
+        file.write_bytes(whole)
+    torch.save({"optimizer": {"state": {}, "param_groups": []}}, run / "checkpoint-5" / "training.pt")
+    assert bupo.main(flags(resume=run)) == 2
+    assert "damaged or of another model" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoint-5")
+    assert bupo.main(flags(resume=run)) == 0  # from the one before
+    same_run(undisturbed, run)
+
+
+def test_a_full_disk_ends_a_run_with_a_sentence_and_loses_nothing(undisturbed, tmp_path):
+    run = copied(undisturbed, tmp_path / "full")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))  # noqa: E731 - a checkpoint takes 1.3 MB
+    command = [sys.executable, bupo.__file__, *flags(resume=run, steps=6)]
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].endswith(f"make room, then go on with --resume {run}.")
+    assert "Traceback" not in done.stderr
+    assert bupo.main(flags(resume=run, steps=5)) == 0
+    same_run(undisturbed, run)
+
+
+def test_pickled_weights_are_refused(finished, tmp_path, capsys):
+    run = copied(finished / "model", tmp_path / "pickled")
+    torch.save(transformers.AutoModelForCausalLM.from_pretrained(run).state_dict(), run / "pytorch_model.bin")
+    (run / "model.safetensors").unlink()
+    assert bupo.main(flags(model=run, steps=0, out=tmp_path / "new")) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_running_out_of_gpu_memory_names_the_three_flags(monkeypatch, capsys):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bupo, "train", out_of_memory)
+    assert bupo.main([]) == 2
+    assert "--rows, --micro-tokens or --head-tokens" in capsys.readouterr().err
+
+
+def test_ten_updates_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bupo, "group_advantages", lambda rewards: torch.full_like(rewards, math.nan))
+    assert bupo.main(flags(out=tmp_path / "a", steps=9, **SHORT)) == 2
+    assert "Ten updates in a row" in capsys.readouterr().err
+    assert (tmp_path / "a" / "checkpoint-5").exists()  # two updates a step
+
+
+def test_notes_tell_what_to_do():
+    fine = dict(truncated=0.1, no_signal=0.2, entropy=0.5, first_ratio_error=None)
+    assert bupo.advice(fine, 19) == set()
+    assert any("no reward" in note for note in bupo.advice(fine, 20))
+    for change, words in [
+        (dict(truncated=0.6), "--max-completion"),
+        (dict(no_signal=0.9), "--group"),
+        (dict(entropy=0.01), "--lr"),
+        (dict(first_ratio_error=0.5), "ratio"),
+    ]:
+        assert [words in note for note in bupo.advice({**fine, **change}, 0)] == [True]
+
+
 def test_auto_finds_a_layer_and_bfloat16_runs(tmp_path, capsys):
     settings = flags(out=tmp_path / "a", steps=2, internal_layer="auto", precision="bfloat16", **SHORT)
     assert bupo.main(settings) == 0
@@ -757,6 +990,9 @@ def test_every_setting_is_a_flag_with_help_and_both_defaults(capsys):
         (["--dataset", "{tmp}/question.jsonl"], "has no answer column"),
         (["--dataset", "{tmp}/empty.csv"], "has no rows"),
         (["--dataset", "{tmp}/null.jsonl"], "no row with both"),
+        (["--dataset", "{tmp}/latin.csv"], "cannot be read as csv"),
+        (["--dataset", "{tmp}/noise.parquet/x.json"], "does not exist"),
+        (["--out", "{tmp}/noise.parquet/new"], "cannot be written"),
         (["--max-prompt", "3"], "raise --max-prompt"),
         (["--internal-layer", "7"], "must be 1 to 6"),
         (["--internal-layer", "0"], "must be 1 to 6"),
@@ -778,6 +1014,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(arguments, sentence, tmp_pa
     write_rows(tmp_path / "question.jsonl", [{"question": "q"}])
     write_rows(tmp_path / "null.jsonl", [{"question": None, "answer": "1"}])
     (tmp_path / "empty.csv").write_text("question,answer\n")
+    (tmp_path / "latin.csv").write_bytes("question,answer\nf\xfcnf,5\n".encode("latin-1"))
     before = sorted(tmp_path.rglob("*"))
     out = {} if "--out" in arguments or "--resume" in arguments else {"out": tmp_path / "new"}
     settings = {} if "--resume" in arguments else {**SHORT, **out}
