@@ -27,6 +27,7 @@ import transformers
 from hypothesis import given, settings, strategies
 from torch import Tensor
 
+import analyze
 import bupo
 
 torch.set_num_threads(1)  # more do not help models as small as these
@@ -1035,6 +1036,357 @@ def test_an_unknown_flag_is_a_usage_error(capsys):
 def test_a_changed_setting_is_refused_by_name_when_resuming(finished, capsys):
     assert bupo.main(flags(resume=finished, lr=1.0)) == 2
     assert "--lr cannot change in a resumed run, only --steps" in capsys.readouterr().err
+
+
+# Pictures (analyze.py) ================================================================================================
+
+PROFILED = [(3, 6), (9, 2), (1, 1), (4, 11)]  # (prompt, completion) lengths
+
+
+def naive_policy(model, hidden, norm):
+    return torch.log_softmax(model.lm_head(model.model.norm(hidden) if norm else hidden), -1)
+
+
+def naive_entropy(logps):
+    return -(logps.exp() * logps).sum(-1)
+
+
+@torch.no_grad()
+def naive_measures(model, prompt, completion) -> dict:
+    """{(name, layer): (N,)} of one completion: an unpadded forward pass that keeps all, and the formulas as printed."""
+    attention, ffn, hooks = [], [], []
+    for block in model.model.layers:
+        hooks.append(block.self_attn.register_forward_hook(lambda m, i, out: attention.append(out[0])))
+        hooks.append(block.mlp.register_forward_hook(lambda m, i, out: ffn.append(out)))
+    full = model(torch.tensor([prompt + completion]), output_hidden_states=True, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    pi, stream, found = torch.log_softmax(full.logits, -1), full.hidden_states[0], {}
+    for layer in range(len(ffn) + 1):
+        if layer:
+            block, a, f = model.model.layers[layer - 1], attention[layer - 1], ffn[layer - 1]
+            middle = stream + a
+            inputs = block.input_layernorm(stream), block.post_attention_layernorm(middle)
+            for name, write, read, onto in (("attention", a, inputs[0], stream), ("ffn", f, inputs[1], middle)):
+                found[name, layer] = naive_entropy(naive_policy(model, write, norm=False))
+                found[f"{name}_input", layer] = naive_entropy(naive_policy(model, read, norm=False))
+                found[f"{name}_change", layer] = found[name, layer] - found[f"{name}_input", layer]
+                found[f"{name}_cosine", layer] = (write * onto).sum(-1) / write.norm(dim=-1) / onto.norm(dim=-1)
+            stream = middle + f
+        policy, top = naive_policy(model, stream, norm=True), layer == len(ffn)
+        assert torch.allclose(policy, pi if top else naive_policy(model, full.hidden_states[layer], True), atol=1e-4)
+        found["policy", layer] = naive_entropy(policy)
+        found["policy_without_norm", layer] = naive_entropy(policy if top else naive_policy(model, stream, norm=False))
+        found["kl", layer] = (pi.exp() * (pi - policy)).sum(-1)
+        found["top1", layer] = (pi.argmax(-1) == policy.argmax(-1)).float()
+        for name in ("", "_without_norm") if layer else ():
+            before, after = found[f"policy{name}", layer - 1], found[f"policy{name}", layer]
+            found[f"layer_change{name}", layer] = after - before
+    positions = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
+    return {key: values[0, positions] for key, values in found.items()}
+
+
+@every_family
+def test_analyze_every_number_equals_a_direct_computation(family, tied):
+    model, sequences = small_model(family, tie_word_embeddings=tied), random_sequences(PROFILED)
+    found = analyze.profile(model, sequences, head_tokens=3)
+    naive = [naive_measures(model, *sequence) for sequence in sequences]
+    assert {(n, k) for n, measure in found["measures"].items() for k in measure["layer"]} == naive[0].keys()
+    for name, measure in found["measures"].items():
+        for layer, mean, error in zip(*measure.values(), strict=True):
+            values = [one[name, layer].double() for one in naive]
+            tokens, overall = sum(map(len, values)), torch.cat(values).mean()
+            residuals = torch.stack([(v - overall).sum() for v in values])
+            assert mean == pytest.approx(float(overall), abs=1e-4), (name, layer)
+            assert error == pytest.approx(float((residuals**2).sum() * 4 / 3) ** 0.5 / tokens, abs=1e-4), (name, layer)
+    assert (found["tokens"], found["completions"], found["max_entropy"]) == (20, 4, pytest.approx(math.log(50)))
+    assert found["boundary_layer"] == bupo.boundary_layer(found["measures"]["ffn_change"]["mean"])
+
+
+def test_analyze_agrees_with_the_sampler_and_with_entropy_profile():
+    model, prompts = small_model(), [prompt for prompt, _ in random_sequences(PROFILED)]
+    completions = bupo.sample(model, prompts, 12, {1}, generator=torch.Generator().manual_seed(0))
+    sequences = [(prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True)]
+    found = analyze.profile(model, sequences)["measures"]
+    entropies = [entropy for c in completions for entropy in c.entropies]
+    assert found["policy"]["mean"][-1] == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
+    assert found["kl"]["mean"][-1] == pytest.approx(0, abs=1e-5)
+    assert found["top1"]["mean"][-1] == 1
+    theirs = bupo.entropy_profile(model, sequences)
+    for ours, name in (("policy", "layer"), ("attention", "attention"), ("ffn", "ffn"), ("ffn_input", "ffn_input")):
+        assert found[ours]["mean"] == pytest.approx(theirs[name], abs=1e-5)
+    raw = bupo.entropy_profile(model, sequences, norm=False, names=("layer",))["layer"]
+    assert found["policy_without_norm"]["mean"] == pytest.approx(raw, abs=1e-5)
+
+
+def test_analyze_kl_counts_a_bias_of_the_head():
+    model, (sequence,) = small_model(), random_sequences([(3, 5)])
+    model.lm_head = torch.nn.Linear(32, 50)
+    found, naive = analyze.profile(model, [sequence])["measures"], naive_measures(model, *sequence)
+    assert found["kl"]["mean"] == pytest.approx([float(naive["kl", k].mean()) for k in range(5)], abs=1e-5)
+    assert found["kl"]["se"] == [None] * 5  # one completion tells nothing of the error
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("norm", [True, False])
+def test_analyze_one_layer_equals_a_direct_computation(layer, norm):
+    model, sequences = small_model(), random_sequences(PROFILED)
+    measure = analyze.partial(analyze.measure_one_layer, layer=layer, norm=norm, head_tokens=3)
+    found = analyze.averages(analyze.with_changes(analyze.token_sums(model, sequences, measure, 30)), sequences)
+    want = {}
+    for prompt, completion in sequences:
+        positions = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
+        with torch.no_grad():
+            ids = torch.tensor([prompt + completion])
+            hidden = {k: bupo.internal_hidden(model, ids, k)[0, positions] for k in range(5)}
+            policy = {k: naive_policy(model, h, norm or k == 4) for k, h in hidden.items()}
+        for k in range(max(2, layer + 1), 5):
+            want.setdefault(("cosine", k), []).append(torch.cosine_similarity(hidden[layer], hidden[k], dim=-1))
+        for k in {1: (2, 3, 4), 3: (4,)}[layer]:
+            kl = (policy[layer].exp() * (policy[layer] - policy[k])).sum(-1)
+            want.setdefault(("kl", k), []).append(kl)
+        change = naive_entropy(policy[layer]) - naive_entropy(policy[layer - 1])
+        want.setdefault(("layer_change", layer), []).append(change)
+        want.setdefault(("nll", 4), []).append(-policy[4].gather(-1, torch.tensor(completion)[:, None])[:, 0])
+        for name in ("attention_change", "ffn_change"):
+            want.setdefault((name, layer), []).append(naive_measures(model, prompt, completion)[name, layer])
+    for (name, k), values in want.items():
+        mean = found[name]["mean"][found[name]["layer"].index(k)]
+        assert mean == pytest.approx(float(torch.cat(values).mean()), abs=1e-4), (name, k)
+    assert found["cosine"]["layer"] == sorted(k for name, k in want if name == "cosine")
+    assert found["kl"]["layer"] == sorted(k for name, k in want if name == "kl")
+
+
+def test_analyze_does_not_depend_on_batches_chunks_or_padding():
+    model, sequences = small_model(), random_sequences(PROFILED)
+    whole, split = analyze.profile(model, sequences), analyze.profile(model, sequences, micro_tokens=1, head_tokens=1)
+    for name, measure in whole["measures"].items():
+        assert measure["mean"] == pytest.approx(split["measures"][name]["mean"], abs=1e-5)
+        assert measure["se"] == pytest.approx(split["measures"][name]["se"], abs=1e-5)
+
+
+def test_analyze_never_holds_more_logits_than_a_chunk():
+    model, sequences, sizes = small_model(), random_sequences(PROFILED), []
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits[..., 0].numel()))
+    analyze.profile(model, sequences, head_tokens=3)
+    assert max(sizes) == 3
+    assert sum(sizes) == 20 * (1 + 5 + 4 + 4 * 4)  # pi; pi^0..pi^4; without the norm but at L; the modules
+
+
+def test_analyze_removes_its_hooks_when_something_fails():
+    model = small_model()
+    head, model.lm_head = model.lm_head, torch.nn.Identity()  # no attribute `weight`
+    with pytest.raises(AttributeError):
+        analyze.profile(model, random_sequences(PROFILED))
+    model.lm_head, seen = head, []
+
+    def fail(name, layer, values):
+        seen.append(name)
+        if name == "ffn":
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        analyze.measure_all_layers(model, *bupo.pad(random_sequences(PROFILED), "cpu"), fail)
+    assert seen
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_analyze_standard_error_is_that_of_independent_completions():
+    rng, means, errors = torch.Generator().manual_seed(0), [], []
+    for _ in range(400):
+        counts = torch.randint(1, 30, (40,), generator=rng).double()
+        sums = counts * (2 + torch.randn(40, generator=rng).double())  # the tokens of a completion are all alike
+        mean, error = analyze.mean_and_error(sums, counts)
+        means.append(mean)
+        errors.append(error)
+    assert torch.tensor(errors).mean() == pytest.approx(float(torch.tensor(means).std()), rel=0.12)
+
+
+def saved_model(folder, family="Qwen3", **settings):
+    """A random model of the built-in one's vocabulary with its tokenizer, in the Hugging Face layout."""
+    tokenizer = bupo.tiny_model(0)[1]
+    model = small_model(family, vocab_size=len(tokenizer), max_position_embeddings=4096, **settings)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def plotted(figure) -> list[float]:
+    """Every number that the lines and error bars of a figure show."""
+    shown = []
+    for axis in figure.axes:
+        for line in axis.lines:
+            if len(line.get_xdata()) > 2 or line.get_marker() not in ("None", None, ""):
+                shown += [float(v) for v in line.get_ydata() if v is not None]
+        for band in axis.collections:
+            shown += [float(v) for path in band.get_paths() for v in path.vertices[:, 1]]
+    return shown
+
+
+def numbers_in(value) -> list[float]:
+    if isinstance(value, dict | list):
+        return [n for v in (value.values() if isinstance(value, dict) else value) for n in numbers_in(v)]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+def assert_json_has_all(figure, file):
+    """Each plotted number is in the file, as it is, as a percentage, or as a mean and its error."""
+
+    def pairs(value):
+        if isinstance(value, dict) and "mean" in value:
+            yield from ((m, e) for m, e in zip(value["mean"], value["se"], strict=True) if e is not None)
+        for v in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from pairs(v)
+
+    data = json.loads(file.read_text())
+    known = [*numbers_in(data), *(m + s * e for m, e in pairs(data) for s in (-1, 1))]
+    known = torch.tensor([*known, *(100 * k for k in known)], dtype=torch.float64)
+    shown = plotted(figure)
+    assert len(shown) > 20
+    for number in shown:
+        assert float((known - number).abs().min()) < 1e-6, number
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that the command line draws, kept."""
+    kept, close = [], analyze.plt.close
+    monkeypatch.setattr(analyze.plt, "close", lambda figure: (kept.append(figure), close(figure)))
+    return kept
+
+
+def test_analyze_profiles_models_side_by_side(tmp_path, capsys, figures):
+    models = [saved_model(tmp_path / "a"), saved_model(tmp_path / "b", "Llama", layers=2)]
+    flags = ["--dataset", "arithmetic", "--problems", "3", "--max-completion", "5", "--device", "cpu"]
+    assert analyze.main(["--model", *models, *flags, "--out", str(tmp_path / "made" / "both.png")]) == 0
+    said = capsys.readouterr().out
+    data = json.loads((tmp_path / "made" / "both.json").read_text())
+    assert [(m["model"], m["layers"], m["completions"]) for m in data["models"]] == [("a", 4, 3), ("b", 2, 3)]
+    for model in data["models"]:
+        assert f"--internal-layer {model['boundary_layer']}" in said
+    assert (tmp_path / "made" / "both.png").stat().st_size > 10_000
+    assert len(figures[0].axes) == 10  # 4 panels each, one with an axis on either side
+    assert_json_has_all(figures[0], tmp_path / "made" / "both.json")
+
+
+def test_analyze_scores_the_token_ids_of_a_file(tmp_path, monkeypatch):
+    sequences = random_sequences(PROFILED)
+    lines = [dict(step=0, prompt_ids=prompt, ids=ids, completion="other words") for prompt, ids in sequences]
+    (tmp_path / "completions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.chdir(tmp_path)
+    source = ["--completions", "completions.jsonl", "--problems", "3", "--device", "cpu", "--max-completion", "9"]
+    assert analyze.main(["--model", saved_model(tmp_path / "a"), *source]) == 0
+    (found,) = json.loads((tmp_path / "a-layers.json").read_text())["models"]
+    ours = analyze.profile(bupo.load_model(str(tmp_path / "a"))[0], sequences[:3])["measures"]
+    assert found["measures"]["policy"]["mean"] == pytest.approx(ours["policy"]["mean"], abs=1e-5)
+    assert found["tokens"] == 9
+
+
+def fabricated_run(folder, seed=0, steps=4, metrics=True, **changes):
+    folder.mkdir()
+    config = dict(model="x", seed=seed, out=str(folder), steps=steps, internal_layer="auto", internal_steps=2)
+    (folder / "config.json").write_text(json.dumps({**config, "internal_norm": "final", **changes}))
+    lines = [dict(step=0, eval_avg=0.25, eval_se=0.05, eval_k=4)]
+    for step in range(1, steps + 1):
+        layer = 3 if step <= 2 else 6
+        lines.append(dict(step=step, layer=layer, reward=0.1 * step + 0.2 * seed, entropy=1.0, layer_entropy=2.0))
+        lines[-1]["completion_tokens"] = 10.0 * step
+    if metrics:
+        lines.append(dict(step=steps, eval_avg=0.5 + 0.1 * seed, eval_se=0.05, eval_k=4))
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines[: None if metrics else 1])))
+    return str(folder)
+
+
+def test_analyze_draws_runs_with_seeds_as_one(tmp_path, capsys, figures):
+    runs = [fabricated_run(tmp_path / "s0"), fabricated_run(tmp_path / "s1", seed=1, steps=5)]
+    runs += [fabricated_run(tmp_path / "grpo", internal_steps=0), fabricated_run(tmp_path / "lr", lr=2, beta=1)]
+    assert analyze.main(["--runs", *runs, "--out", str(tmp_path / "curves")]) == 0
+    both, grpo, lr = json.loads((tmp_path / "curves.json").read_text())["settings"]
+    assert both["label"] == "BuPO, layer 3 for 2 steps, 2 seeds"
+    assert grpo["label"] == "GRPO"
+    assert "layer 3" in lr["label"]
+    assert both["curves"]["reward"]["step"] == [1, 2, 3, 4]  # what both have reached
+    assert both["curves"]["reward"]["mean"] == pytest.approx([0.2, 0.3, 0.4, 0.5])
+    assert both["curves"]["reward"]["se"] == pytest.approx([0.1] * 4)  # of 0.1 and 0.3: std 0.1414, over the root of 2
+    assert both["curves"]["eval_avg"] == dict(step=[0], mean=[0.25], se=[0.0])
+    assert grpo["curves"]["eval_avg"] == dict(step=[0, 4], mean=[0.25, 0.5], se=[0.05, 0.05])
+    assert grpo["curves"]["reward"]["se"] == [None] * 4
+    assert "GRPO: held-out accuracy 50.0 % (standard error 5.0) at step 4" in capsys.readouterr().out
+    assert_json_has_all(figures[0], tmp_path / "curves.json")
+
+
+def test_analyze_follows_a_layer_through_checkpoints(tmp_path, figures):
+    start = saved_model(tmp_path / "start")
+    run = fabricated_run(tmp_path / "run", model=start, eval_dataset="arithmetic", device="cpu", max_completion=5)
+    for step in (2, 10):  # the first is the start itself, the second another model
+        saved_model(tmp_path / "run" / f"checkpoint-{step}", rms_norm_eps=1e-6 if step == 2 else 0.5)
+    assert analyze.main(["--layers-over-training", run, "--problems", "3", "--out", str(tmp_path / "over")]) == 0
+    found = json.loads((tmp_path / "over.json").read_text())
+    first, second, third = found["points"]
+    assert [p["step"] for p in found["points"]] == [0, 2, 10]
+    assert (found["layer"], found["layers"]) == (3, 4)
+    assert first["measures"] == second["measures"] != third["measures"]
+    nll, perplexity = first["measures"]["nll"], first["measures"]["perplexity"]
+    assert perplexity["mean"] == [pytest.approx(math.exp(nll["mean"][0]))]
+    assert_json_has_all(figures[0], tmp_path / "over.json")
+
+
+def test_analyze_samples_from_internal_policies(tmp_path, capsys):
+    flags = ["--dataset", "arithmetic", "--problems", "2", "--max-completion", "6", "--device", "cpu"]
+    assert analyze.main(["--model", saved_model(tmp_path / "a"), "--sample-layer", "1", "3", *flags]) == 0
+    said = capsys.readouterr().out
+    for who in ("layer 1: ", "layer 3: ", "layer 4, the policy itself: "):
+        assert said.count(who) == 2
+    model, tokenizer = bupo.load_model(str(tmp_path / "a"))
+    config = analyze.config_for(str(tmp_path / "a"), analyze.parse(flags))
+    problems = bupo.load_problems("arithmetic", 2)
+    with bupo.first_layers(model, 3):
+        prompts, completions = analyze.complete(model, tokenizer, problems, config)
+    for prompt, completion in zip(prompts, completions, strict=True):  # drawn from pi^3, and from nothing else
+        logps, _ = bupo.token_logps(model, *bupo.pad([(prompt, completion.ids)], "cpu"), layer=3)
+        assert completion.logps == pytest.approx(logps.tolist(), abs=1e-4)
+        assert " ".join(bupo.decode(tokenizer, completion).split()) in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--runs", "nowhere"], "nowhere is not the folder of a run"),
+        (["--runs", "empty"], "has no training steps"),
+        (["--model", "nowhere/at/all"], "cannot be loaded"),
+        (["--model", "gemma"], "is not Llama-like"),
+        (["--model", "a", "--completions", "text.jsonl"], "lacks prompt_ids"),
+        (["--model", "a", "--completions", "large.jsonl"], "token ids that the model lacks"),
+        (["--model", "a", "--completions", "not.jsonl"], "not a file of JSON lines"),
+        (["--model", "a", "--completions", "nowhere.jsonl"], "cannot be read"),
+        (["--model", "a", "--sample-layer", "5"], "has layers 1 to 4"),
+        (["--model", "a", "--max-completion", "9999"], "max_position_embeddings"),
+        (["--model", "a", "--out", "not.jsonl/x"], "cannot be written"),
+        (["--problems", "0"], "--problems must be"),
+        (["--layer", "2"], "--layers-over-training"),
+        (["--layers-over-training", "empty"], "keeps no checkpoints"),
+        (["--runs", "empty", "--sample-layer", "1"], "--sample-layer goes with --model alone"),
+    ],
+)
+def test_analyze_says_in_one_sentence_what_is_wrong(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if "a" in arguments:
+        saved_model(tmp_path / "a")
+    if "gemma" in arguments:
+        saved_model(tmp_path / "gemma", "Gemma2")
+    if "empty" in arguments:
+        fabricated_run(tmp_path / "empty", metrics=False)
+    (tmp_path / "text.jsonl").write_text('{"step": 0, "completion": "1+1"}\n')
+    (tmp_path / "large.jsonl").write_text('{"step": 0, "prompt_ids": [1], "ids": [2, 1000]}\n')
+    (tmp_path / "not.jsonl").write_text("1+1\n")
+    if "--out" in arguments:
+        arguments = [*arguments, "--max-completion", "6", "--dataset", "arithmetic"]
+    assert analyze.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.startswith("analyze.py: ")
+    assert said.count("\n") == 1
+    assert not list(tmp_path.glob("*.png"))
 
 
 # The whole ============================================================================================================

@@ -1,6 +1,6 @@
 """Kill a run 30 times at random moments, resume it each time, and compare it with an undisturbed one, bit for bit.
 
-    python benchmarks/kill.py            # about 6 minutes on 2 cores
+    python benchmarks/kill.py            # about 8 minutes on 2 cores
 
 Every third kill waits until a checkpoint is being written and strikes inside it; the others come after a random delay,
 during start-up, warm-up, rollouts, updates or evaluations.
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 BUPO = Path(__file__).parent.parent / "bupo.py"
-SETTINGS = ["--steps", "40", "--save-every", "1", "--eval-every", "5", "--warm-up-steps", "20"]
+SETTINGS = ["--steps", "150", "--save-every", "1", "--eval-every", "5", "--warm-up-steps", "20"]
 SETTINGS += ["--prompts", "4", "--mini-batch", "2", "--eval-problems", "8"]
 CLOCK = {"rollout_tokens_per_s", "update_tokens_per_s", "peak_memory_gb", "seconds"}  # differ from run to run
 
