@@ -761,13 +761,44 @@ def test_prompts_without_chat_template_or_system_role():
 
 # The command line =====================================================================================================
 
-SHORT = dict(
-    warm_up_steps=2, prompts=4, group=2, mini_batch=2, eval_problems=4, eval_k=2, max_completion=12, internal_steps=1
-)
+SHORT = dict(warm_up_steps=2, prompts=4, group=2, mini_batch=2, eval_problems=4, eval_k=2)
+SHORT |= dict(max_completion=12, internal_steps=1)
 
 
 def flags(**settings) -> list[str]:
     return [text for name, value in settings.items() for text in ("--" + name.replace("_", "-"), str(value))]
+
+
+@pytest.fixture(scope="module")
+def guessing(tmp_path_factory) -> dict:
+    """Settings of a run that starts from a model that boxes any digit, so that each step has some signal to learn from."""
+    folder = tmp_path_factory.mktemp("guessing")
+    model, tokenizer = bupo.load_model("tiny")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    problems = [{"question": f"{a}+{b}", "answer": a + b} for a in range(1, 9) for b in range(1, 9) if a + b < 10]
+    texts = [rf"\boxed{{{digit}}}" for digit in range(1, 10)]
+    prompts = [bupo.encode(tokenizer, bupo.Problem([dict(role="user", content=p["question"])], "")) for p in problems]
+    pairs = [(p, [*tokenizer(text).input_ids, tokenizer.eos_token_id]) for p in prompts[::4] for text in texts]
+    for _ in range(40):
+        (-bupo.token_logps(model, *bupo.pad(pairs, "cpu"), layer=6)[0].mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    bupo.save_model(model, tokenizer, folder / "model")
+    (folder / "config.json").write_text(json.dumps({"model": "tiny"}))
+    (folder / "metrics.jsonl").touch()
+    file = write_rows(folder / "digits.jsonl", problems)
+    return dict(
+        model=folder,
+        dataset=file,
+        eval_dataset=file,
+        prompts=8,
+        group=4,
+        mini_batch=4,
+        eval_problems=4,
+        eval_k=2,
+        max_completion=12,
+        internal_steps=2,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -834,10 +865,19 @@ def same_run(a: Path, b: Path) -> None:
         assert first == second
     models = [transformers.AutoModelForCausalLM.from_pretrained(x / "model").state_dict() for x in (a, b)]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert all(line["grad_norm"] > 0 for line in lines(a / "metrics.jsonl") if "layer" in line)  # each step moved them
 
 
-def test_a_resumed_run_repeats_an_undisturbed_one_bit_for_bit(tmp_path):
-    settings = dict(**SHORT, eval_every=2, save_every=2)
+def test_each_step_has_random_draws_of_its_own(guessing, tmp_path):
+    """With one problem and a learning rate of 0, only the draws can differ."""
+    file = write_rows(tmp_path / "one.jsonl", [{"question": "1+2", "answer": 3}])
+    settings = {**guessing, "dataset": file, "prompts": 1, "mini_batch": 1, "group": 8, "lr": 0.0, "eval_problems": 0}
+    assert bupo.main(flags(out=tmp_path / "a", steps=4, **settings)) == 0
+    assert len({line["entropy"] for line in lines(tmp_path / "a" / "metrics.jsonl")}) == 4
+
+
+def test_a_resumed_run_repeats_an_undisturbed_one_bit_for_bit(guessing, tmp_path):
+    settings = dict(**guessing, eval_every=2, save_every=2)
     assert bupo.main(flags(out=tmp_path / "a", steps=4, **settings)) == 0
     assert bupo.main(flags(out=tmp_path / "b", steps=3, **settings)) == 0
     assert bupo.main(flags(resume=tmp_path / "b", steps=4)) == 0
@@ -845,10 +885,10 @@ def test_a_resumed_run_repeats_an_undisturbed_one_bit_for_bit(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
+def undisturbed(guessing, tmp_path_factory) -> Path:
     """A finished run of five steps with a checkpoint after each, to compare disturbed ones with."""
     out = tmp_path_factory.mktemp("undisturbed") / "a"
-    assert bupo.main(flags(out=out, steps=5, save_every=1, eval_every=2, **SHORT)) == 0
+    assert bupo.main(flags(out=out, steps=5, save_every=1, eval_every=2, **guessing)) == 0
     return out
 
 
@@ -864,9 +904,9 @@ def wait_for(process: subprocess.Popen, condition) -> None:
     assert process.poll() is None, "the run ended before it could be disturbed"
 
 
-def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(undisturbed, tmp_path):
+def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(guessing, undisturbed, tmp_path):
     out = tmp_path / "b"
-    process = start(*flags(out=out, steps=5, save_every=1, eval_every=2, **SHORT))
+    process = start(*flags(out=out, steps=5, save_every=1, eval_every=2, **guessing))
     wait_for(process, lambda: (out / "metrics.jsonl").exists())  # before any checkpoint
     process.kill()
     process.communicate()
