@@ -20,7 +20,7 @@ pass, one log-probability, one loss, and a layer number.
 Where this file departs from the paper (P) or from the authors' code (C), on purpose:
 
   - pi^l applies the final norm; `--internal-norm none` does not (P Eq. 5, C). P's Table 5 has both.
-  - Phase 1 runs blocks 1..l only. C runs all L, keeps every hidden state and builds two full logit matrices.
+  - Updates of phase 1 run blocks 1..l only. C runs all L, keeps every hidden state and builds two full logit matrices.
   - The loss averages over all completion tokens of a mini-batch, as C does; `--average sequence` is P's Eq. 3 and 9.
   - The reward compares mathematical values; C compares strings, so that \boxed{\text{Yes}} is wrong for Yes.
   - A mini-batch in which no completion has an advantage is skipped: C would still move the weights, by momentum.
@@ -91,8 +91,8 @@ def setting(tiny, other, help: str, least: float = 0) -> Any:
 class Config:
     """The settings of a run; each is a flag. What is not given takes the default of its model's column."""
 
-    # The problems:      for the built-in model, for any other
-    model: str = setting("tiny", "none", "tiny (built in), a Hub id, a folder, or the folder of a run")
+    model: str = setting("tiny", "tiny", "tiny (built in), a Hub id, a folder, or the folder of a run")
+    # The problems: (the default for the built-in model, the default for any other)
     dataset: str = setting("arithmetic", DATA + "deepmath-5k.parquet", "training problems (paper: these 5,000)")
     eval_dataset: str = setting("arithmetic-heldout", DATA + "math500.parquet", "held-out problems (paper: 4 sets)")
     train_problems: int = setting(0, 0, "use only the first so many training problems; 0 is all (paper: all)")
@@ -131,7 +131,7 @@ class Config:
     device: str = setting("auto", "auto", "auto, cpu, cuda or cuda:N")
     precision: str = setting("auto", "auto", "auto, float32 or bfloat16, to compute in; auto: bfloat16 on CUDA")
     # The run:
-    warm_up_steps: int = setting(700, 0, "supervised steps first; only the built-in model needs them")
+    warm_up_steps: int = setting(700, 0, "supervised steps first, for --model tiny only")
     seed: int = setting(0, 0, "of everything random")
     save_every: int = setting(20, 10, "steps between checkpoints, beside the last", least=1)
     keep: int = setting(2, 2, "checkpoints to keep; 0 keeps all")
@@ -148,6 +148,8 @@ class Config:
                 raise UsageError(f"{flag} must be one of {', '.join(CHOICES[f.name])}, not {value!r}.")
             if f.type in (int, float) and not f.metadata["least"] <= value < math.inf:
                 raise UsageError(f"{flag} must be a number from {f.metadata['least']} on, not {value}.")
+        if max(self.beta1, self.beta2) >= 1:
+            raise UsageError("--beta1 and --beta2 must be below 1.")
         if self.prompts % self.mini_batch:
             raise UsageError(f"--mini-batch {self.mini_batch} must divide --prompts {self.prompts}.")
         self.internal_layer = str(self.internal_layer)
@@ -156,9 +158,12 @@ class Config:
 
 
 def origin(model: str) -> str:
-    """The name of the model that a run started from; the name itself if it is not the folder of a run."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(Path(model, "config.json").read_text(encoding="utf-8")).get("model", model)
+    """The model that a run began with, if `model` is its folder, its model/ or one of its checkpoints; else `model`."""
+    for folder in (Path(model), Path(model).parent):
+        with contextlib.suppress(OSError, ValueError):
+            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if Path(model).is_dir() and "internal_layer" in settings:  # else it is a model's own config.json
+                return origin(settings["model"])
     return model
 
 
@@ -187,14 +192,14 @@ def load_problems(source: str, limit: int | None = None, system: str = SYSTEM) -
     a question or an answer are dropped and counted. Raises UsageError if that leaves nothing.
     """
     if source in ("arithmetic", "arithmetic-heldout"):
-        return arithmetic_problems(heldout=source.endswith("heldout"))[:limit]
+        return arithmetic_problems(heldout=source.endswith("heldout"))[: limit or None]
     rows = read_rows(source)
-    columns = []
-    for kind, known in (("question", QUESTION_COLUMNS), ("answer", ANSWER_COLUMNS)):
-        columns += [c for c in known if c in rows.column_names][:1] or [None]
-        if columns[-1] is None:
-            mend = f"rename one to {known[0]}" if kind == "question" else "rename one to answer"
-            raise UsageError(f"{source} has no {kind} column, only {', '.join(rows.column_names)}; {mend}.")
+    columns = [next((c for c in known if c in rows.column_names), None) for known in (QUESTION_COLUMNS, ANSWER_COLUMNS)]
+    for kind, column in zip(("question", "answer"), columns, strict=True):
+        if column is None:
+            raise UsageError(
+                f"{source} has no {kind} column, only {', '.join(rows.column_names)}; rename one to {kind}."
+            )
     problems, rows = [], rows.select_columns(columns).select(range(min(limit or len(rows), len(rows))))
     for row in rows:
         messages, answer = as_messages(row[columns[0]], system), as_answer(row[columns[1]])
@@ -237,7 +242,8 @@ def read_rows(source: str) -> Any:
 def as_messages(question: Any, system: str) -> list[dict]:
     """A question, text or chat messages, as chat messages, the system message first; [] where there is no question."""
     if isinstance(question, list):
-        messages = [dict(role=m["role"], content=m["content"]) for m in question if m and m.get("content")]
+        said = [m for m in question if isinstance(m, dict) and m.get("role") and m.get("content")]
+        messages = [dict(role=m["role"], content=m["content"]) for m in said]
     else:
         text = "" if question is None else str(question).strip()
         messages = [dict(role="user", content=text)] if text else []
@@ -250,6 +256,8 @@ def as_answer(value: Any) -> str:
     """An answer of any type as text, '' if there is none."""
     if isinstance(value, dict):
         value = value.get("ground_truth")
+    if isinstance(value, list):
+        value = value[0] if len(value) == 1 else None  # several answers are more than one box can hold
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():
         value = int(value)  # whole numbers with a gap among them are read as floats
     if value is None or value != value:  # nan is unequal to itself
@@ -308,7 +316,7 @@ def extract_boxed(text: str) -> str | None:
 
 
 def math_reward(completion: str, answer: str) -> float:
-    r"""1.0 if the last \boxed{} of the completion holds the answer, else 0.0. Never raises, never hangs.
+    r"""1.0 if the last \boxed{} of the completion holds the answer, else 0.0. Any text is legal, none takes long.
 
     Both sides are brought to one spelling and compared as text, two plain numbers as exact fractions. What is left
     goes to math-verify, unless it is very long or has a number base (52_8, which math-verify would read as 52).
@@ -317,11 +325,11 @@ def math_reward(completion: str, answer: str) -> float:
     if boxed is None:
         return 0.0
     (given, given_unit), (gold, gold_unit) = split_unit(normalise(boxed)), split_unit(normalise(answer))
-    if given_unit and gold_unit and given_unit != gold_unit:
+    if not given or (given_unit and gold_unit and given_unit != gold_unit):
         return 0.0
-    if given.replace(" ", "") == gold.replace(" ", ""):
+    if without_spaces(given) == without_spaces(gold):
         return 1.0
-    if not given or len(given) + len(gold) > 600 or re.search(r"\d_\w", given + " " + gold):
+    if len(given) + len(gold) > 600 or re.search(r"\d\s*_", given + " " + gold):
         return 0.0
     numbers = plain_number(given), plain_number(gold)
     if None not in numbers:
@@ -330,7 +338,7 @@ def math_reward(completion: str, answer: str) -> float:
 
 
 SPELLINGS = [  # what is written in several ways -> the one way we keep
-    (r"(?<!\\)\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])|(?<!\\)\\[!,;:()\[\] ]|\$|~", " "),  # layout
+    (r"(?<!\\)\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])|(?<!\\)\\[!,;:()\[\] ]|\\?\$|~", " "),  # layout
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"([_^])\s*\{(\w)\}", r"\1\2"),
@@ -347,21 +355,28 @@ def normalise(text: str) -> str:
     for pattern, replacement in SPELLINGS:
         text = re.sub(pattern, replacement, text.strip().rstrip("."))
     text = " ".join(text.split())
-    if re.fullmatch(r"[-+]?\d{1,3}( ?, ?\d{3})+(\.\d+)?|[-+]?\d{1,3}( \d{3})+(\.\d+)?", text):
-        return re.sub("[, ]", "", text)
+    thousands = r"[-+]?\d{1,3}((,\d{3})+|( \d{3})+)(\.\d+)?"
+    if re.fullmatch(rf"{thousands}( ?\\text.*| [a-z ]+)?", text):
+        text = re.sub(r"(?<=\d)[, ](?=\d{3})", "", text)
     return text.lower() if re.fullmatch(r"(?i)no|[a-z]{3,}([ '-][a-z]+)*", text) else text
+
+
+def without_spaces(text: str) -> str:
+    """For comparison: all spaces go but those between two digits, as in 1 1/2."""
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
 def split_unit(text: str) -> tuple[str, str]:
     r"""'5 \text{ cm}^2' -> ('5', 'cm^2'): a number and the words after it; (text, '') for anything else."""
-    unit = r"(?:\\text\{([^{}]*)\}| ([a-zA-Z]{2,}(?: [a-zA-Z]+)*))((?:\^[23])?)"
+    no_unit = r"(?!\s*(?:pi|sin|cos|tan|log|ln|exp|sqrt|or|and|mod|thousand|million|billion|trillion|dozen)\b)"
+    unit = rf"(?:\\text\{{{no_unit}([^{{}}]*)\}}| {no_unit}([a-zA-Z]{{2,}}(?: [a-zA-Z]+)*))((?:\^[23])?)"
     match = re.fullmatch(rf"([-+]?(?:[\d.,/]+|\\frac\{{\d+\}}\{{\d+\}})) ?{unit}", text)
     return (match[1], (match[2] or match[3] or "").strip().lower() + match[4]) if match else (text, "")
 
 
 def plain_number(text: str) -> Fraction | None:
     """The exact value of an integer, a decimal or a quotient of integers, plain or as a LaTeX fraction; else None."""
-    text = re.sub(r"^([-+]?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", text).replace(" ", "").removeprefix("+")
+    text = re.sub(r"^([-+]?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", without_spaces(text)).removeprefix("+")
     return Fraction(text) if re.fullmatch(r"-?(\d+\.?|\d*\.\d+|\d+/0*[1-9]\d*)", text, re.ASCII) else None
 
 
@@ -379,6 +394,7 @@ sys.set_int_max_str_digits(0)
 spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
 latex = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=spelling)]
 nowhere = open(os.devnull, "w")
+print("ready", flush=True)
 for line in sys.stdin:
     faulthandler.dump_traceback_later({CHECK_SECONDS}, exit=True, file=nowhere)
     try:
@@ -404,6 +420,8 @@ class AnswerChecker:
         if self.child is None or self.child.poll() is not None:
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="ascii")
             self.child = subprocess.Popen([sys.executable, "-c", CHECKER], start_new_session=True, **pipes)
+            if self.child.stdout.readline() != "ready\n":
+                raise UsageError("math-verify cannot be started; install it with pip install -r requirements.txt.")
         try:
             self.child.stdin.write(json.dumps([gold, given]) + "\n")
             self.child.stdin.flush()
@@ -417,10 +435,10 @@ class AnswerChecker:
         return verdict == "1\n"
 
 
-CHECKERS = [AnswerChecker() for _ in range(4)]  # several, so that one slow answer does not hold up the others
+CHECKERS = 4  # several, so that one slow answer does not hold up the others
 IDLE = queue.LifoQueue()
-for idle in CHECKERS:
-    IDLE.put(idle)
+for _ in range(CHECKERS):
+    IDLE.put(AnswerChecker())
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -435,7 +453,7 @@ def same_value(gold: str, given: str) -> bool:
 
 def math_rewards(completions: list[str], answers: list[str]) -> list[float]:
     """`math_reward` of many pairs, a few at a time."""
-    with ThreadPoolExecutor(len(CHECKERS)) as pool:
+    with ThreadPoolExecutor(CHECKERS) as pool:
         return list(pool.map(math_reward, completions, answers))
 
 
@@ -455,12 +473,11 @@ def load_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> 
         run = Path(name, "metrics.jsonl").exists()
         source = str(Path(name, "model")) if run else name
         if run and not Path(source).exists():
-            raise UsageError(
-                f"The run {name} has no model yet; finish it with --resume, or name one of its checkpoints."
-            )
+            raise UsageError(f"The run {name} has no model/; finish it with --resume, or name one of its checkpoints.")
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+            settings = dict(dtype=torch.float32, use_safetensors=True)
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
         except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
             known = (
                 "it is no folder with a model in the Hugging Face layout" if Path(name).exists() else first_line(error)
@@ -472,6 +489,9 @@ def load_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> 
         if generation.temperature or generation.top_k or generation.top_p:
             generation.do_sample = True  # without it, transformers refuses to save such settings with the trained model
     check_model(model)
+    for module in model.modules():  # no dropout: old and new log-probabilities are those of one network
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
     return model.to(device), tokenizer
 
 
@@ -487,6 +507,8 @@ def check_model(model: Model) -> None:
         refuse("it lacks layers, a final norm or lm_head")
     if not all(hasattr(block, part) for block in decoder.layers for part in parts):
         refuse(f"a block lacks one of {', '.join(parts)}")
+    if model.config._attn_implementation != "sdpa":
+        refuse("it has no scaled dot-product attention, which the masks of SlotCache are made for")
     seen, ids = {}, torch.arange(8)[None] % model.config.vocab_size  # (1, 8)
     with torch.no_grad(), residual_stream(model, lambda name, layer, tensor: seen.update({(name, layer): tensor})):
         logits = model(input_ids=ids, use_cache=False).logits  # (1, 8, V)
@@ -555,7 +577,9 @@ def encode(tokenizer: Tokenizer, problem: Problem, thinking: bool = False) -> li
     messages = problem.messages
     if tokenizer.chat_template is None:
         return tokenizer("\n\n".join(m["content"] for m in messages) + "\n\n").input_ids
-    if messages[0]["role"] == "system" and "system" not in tokenizer.chat_template:  # the template knows no such role
+    if messages[0]["role"] == "system" and "system" not in str(
+        tokenizer.chat_template
+    ):  # the template knows no such role
         messages = [dict(role="user", content="\n\n".join(m["content"] for m in messages[:2])), *messages[2:]]
     settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
     return tokenizer(tokenizer.apply_chat_template(messages, **settings), add_special_tokens=False).input_ids
@@ -586,11 +610,12 @@ class Completion:
 
 
 class SlotCache:
-    """Keys and values of the sequences being decoded: row i of the batch owns slot i, its token at position t column t.
+    """Keys and values of the n sequences being decoded: row i owns slot i < n, its token at position t owns column t.
 
-    So sequences of different lengths need no left padding, a finished row's slot can be taken over at once, and a step
-    writes one column per row. Columns beyond a row's position are masked; they hold zeros or wait to be overwritten.
-    One tensor of keys and one of values per block, (slots, kv_heads, columns, head_dim).
+    So sequences of different lengths need no left padding, a finished row's slot can be taken over, and a step writes
+    one column per row. Columns beyond a row's position are masked: leftovers, to be overwritten as the row grows. One
+    tensor of keys and one of values per block, (slots, kv_heads, columns, head_dim). It stands in for a transformers
+    cache, of which the blocks ask only `update`.
     """
 
     def __init__(self, slots: int):
@@ -628,7 +653,7 @@ class SlotCache:
         """Called by block i: write a key and a value per row, (n, kv_heads, 1, head_dim), and return all there are."""
         n, rows = len(key), torch.arange(len(key), device=key.device)
         self.widen(i, self.columns)
-        self.keys[i][rows, :, self.position] = key[:, :, 0]
+        self.keys[i][rows, :, self.position] = key[:, :, 0]  # (n, kv_heads, head_dim)
         self.values[i][rows, :, self.position] = value[:, :, 0]
         return self.keys[i][:n, :, : self.columns], self.values[i][:n, :, : self.columns]
 
@@ -647,9 +672,9 @@ def sample(
     """Sample one completion of every prompt from the full softmax of the model: no top-k, no top-p, no penalties.
 
     prompts: lists of token ids. At most `rows` sequences are decoded at once; a finished one leaves the batch, and
-    the next prompt takes its place. Temperature 0 is greedy (its log-probabilities and entropies are those of
-    temperature 1). generator: a torch.Generator on the model's device; bar: the name of a progress bar. Returns the
-    completions in the order of the prompts, each of 1 to max_new_tokens tokens.
+    the next prompts enter as soon as an eighth of the rows is free. Temperature 0 is greedy (its log-probabilities and
+    entropies are those of temperature 1). generator: a torch.Generator on the model's device; bar: the name of a
+    progress bar. Returns the completions in the order of the prompts, each of 1 to max_new_tokens tokens.
     """
     model.eval()  # in training mode with activation checkpointing, transformers drops the cache without a word
     decoder, lm_head, device = model.get_decoder(), model.get_output_embeddings(), model.device
@@ -690,7 +715,9 @@ def sample(
             done.ended = token in eos_ids
             going.append(not done.ended and len(done.ids) < max_new_tokens)
 
-        order = list(range(len(running)))  # order[slot] is the row that goes on there: the last rows fill the gaps
+        # Close the gaps: order[slot] is the row that goes on there. From the last row down, so that order[-1] goes on
+        # (or is the row at hand), and a finished row's slot is taken by the last one.
+        order = list(range(len(running)))
         for row in reversed(range(len(running))):
             if not going[row]:
                 last_row = order.pop()
@@ -699,7 +726,7 @@ def sample(
                     cache.move(last_row, row)
         progress.update(len(running) - len(order))
         running = [running[row] for row in order]
-        hidden, position = hidden[:0], position[order]  # (0, D), (n,)
+        hidden, position = hidden[:0], position[order]  # (0, D), computed anew if any row goes on; (n,)
         if running:
             inputs = dict(input_ids=tokens[order, None], position_ids=position[:, None])  # (n, 1) each
             mask = cache.seek(position)  # (n, 1, 1, columns)
@@ -733,8 +760,8 @@ def internal_hidden(model: Model, ids: Tensor, layer: int) -> Tensor:
     """The residual stream H^l after block l, before any final norm; runs blocks 1..l only.
 
     ids (B, T), int64, padded on the right with anything: causal attention never looks there. layer: 0..L, where H^0
-    are the embeddings. Returns (B, T, D), the `hidden_states[layer]` of a full forward pass, gradients too, but for
-    layer = L not yet normed. Raises UsageError for a layer that is not there.
+    are the embeddings. Returns (B, T, D): values and gradients are those of `hidden_states[layer]` in a full forward
+    pass, except that transformers has normed the last of these. Raises UsageError for a layer that is not there.
     """
     if not 0 <= layer <= len(model.get_decoder().layers):
         raise UsageError(f"There is no layer {layer}: this model has layers 1 to {len(model.get_decoder().layers)}.")
@@ -860,10 +887,13 @@ def entropy_profile(
         ids, mask = pad([sequences[i] for i in group], model.device)
 
         def add(name: str, layer: int, tensor: Tensor, mask: Tensor = mask):
+            if name not in names:
+                return
             normed = name == "layer" and (norm or layer == last)
-            for hidden in tensor[:, :-1][mask[:, 1:]].split(head_tokens) if name in names else ():  # (n, D)
+            place = layer if name == "layer" else layer - 1  # only this list begins with layer 0
+            for hidden in tensor[:, :-1][mask[:, 1:]].split(head_tokens):  # (n, D)
                 logps = policy_logits(model, hidden, normed).float().log_softmax(-1)  # (n, V)
-                sums[name][layer - (name != "layer")] -= float((logps.exp() * logps).sum())
+                sums[name][place] -= float((logps.exp() * logps).sum())
 
         with residual_stream(model, add):
             model.get_decoder()(input_ids=ids, use_cache=False)
@@ -881,6 +911,7 @@ def boundary_layer(ffn_entropy_change: list[float], tolerance: float = 0.1) -> i
     threshold = tolerance * max(0.0, *ffn_entropy_change)
     explores = [change > threshold for change in ffn_entropy_change]
     start = explores.index(True) if True in explores else len(explores)
+    # The index, from 0, of the first layer that explores no more is the number, from 1, of the last that does.
     return explores.index(False, start) if False in explores[start:] else len(explores)
 
 
@@ -933,13 +964,13 @@ def evaluate(
 ) -> tuple[dict, list[tuple[Problem, Completion, float]]]:
     """avg@k and pass@1..k of the full policy, from k completions of each problem.
 
-    The random stream is the evaluation's own and the same at each call: it cannot disturb training, and two models
-    are compared on the same draws. Returns metrics: eval_avg, the mean reward; eval_se, its standard error over
-    problems (completions of one problem are not independent); eval_pass, the list of pass@1 to pass@k; eval_k;
-    eval_problems. And samples: (problem, completion, reward), those of a problem side by side.
+    The random stream is the evaluation's own and the same at each call: it cannot disturb training. Returns metrics:
+    eval_avg, the mean reward; eval_se, its standard error over problems (completions of one problem are not
+    independent); eval_pass, the list of pass@1 to pass@k; eval_k; eval_problems. And samples: (problem, completion,
+    reward), those of a problem side by side.
     """
     asked = [problem for problem in problems for _ in range(k)]
-    prompts = [encode(tokenizer, problem, thinking) for problem in asked]
+    prompts = [ids for problem in problems for ids in [encode(tokenizer, problem, thinking)] * k]
     generator, ends = random_stream(model.device, seed, "evaluation"), end_tokens(model, tokenizer)
     completions = sample(model, prompts, max_new_tokens, ends, temperature, rows, generator, "evaluation")
     rewards = math_rewards([decode(tokenizer, c) for c in completions], [p.answer for p in asked])
@@ -968,7 +999,7 @@ def train(config: Config, resume: bool = False) -> Path:
     The folder holds config.json, metrics.jsonl (a line per training step and per evaluation), completions.jsonl (some
     of each evaluation), the last checkpoints and at the end model/, in the Hugging Face layout. Whatever is random
     follows from the seed, its purpose and the step, so a resumed run repeats an undisturbed one, bit for bit on a CPU.
-    Raises UsageError for what the user can mend, and on Ctrl-C or SIGTERM, after a checkpoint, KeyboardInterrupt.
+    Raises UsageError for what the user can mend, and KeyboardInterrupt, after a checkpoint, when it is interrupted.
     """
     run = set_up(config, resume)
     bar = tqdm(total=config.steps, initial=run.done, desc="training", unit="step", disable=not config.steps)
@@ -980,7 +1011,8 @@ def train(config: Config, resume: bool = False) -> Path:
             began = time.perf_counter()
             numbers = problems_of_step(step, len(run.problems), config.prompts, config.seed)
             asked = [run.problems[i] for i in numbers for _ in range(config.group)]
-            prompts = [encode(run.tokenizer, problem, config.thinking) for problem in asked]
+            encoded = [encode(run.tokenizer, run.problems[i], config.thinking) for i in numbers]
+            prompts = [ids for ids in encoded for _ in range(config.group)]
             draws = dict(temperature=config.temperature, rows=config.rows, bar="rollouts")
             stream = random_stream(run.device, config.seed, f"rollout {step}")
             completions = sample(run.actor, prompts, config.max_completion, run.ends, generator=stream, **draws)
@@ -1029,7 +1061,7 @@ def train(config: Config, resume: bool = False) -> Path:
                 )
                 log(run.out / "metrics.jsonl", metrics)
                 run.done, run.whole = step, True
-                run.log_sizes = {file.name: file.stat().st_size for file in run.out.glob("*.jsonl")}
+                run.log_sizes = {name: (run.out / name).stat().st_size for name in LOGS if (run.out / name).exists()}
                 if step % config.save_every == 0 or step == config.steps:
                     save_checkpoint(run)
             say_step(bar, metrics, run)
@@ -1084,11 +1116,12 @@ def update(
             old_logps[i] = own
 
     ratios, clipped, grad_norms, skipped, first_error = [], [], [], 0, None
-    mini_batches = torch.arange(len(sequences)).split(config.mini_batch * config.group)
-    for mini_batch in mini_batches:
-        members = mini_batch[advantages[mini_batch] != 0].tolist()
+    size = config.mini_batch * config.group
+    for begin in range(0, len(sequences), size):
+        mini_batch = range(begin, min(begin + size, len(sequences)))
+        members = [i for i in mini_batch if advantages[i] != 0]
         for micro in micro_batches([lengths[i] for i in members], config.micro_tokens):
-            chosen = [members[i] for i in micro]
+            chosen = [members[i] for i in micro]  # numbers within `sequences`
             counts = torch.tensor([tokens[i] for i in chosen])  # (B,)
             if config.average == "token":
                 weights = torch.full((len(chosen),), 1.0 / sum(tokens[i] for i in mini_batch))  # (B,)
@@ -1105,7 +1138,7 @@ def update(
             ratios.append(ratio)
             clipped.append(surrogate.detach() < ratio * advantage)
         if members:
-            if mini_batch is mini_batches[0]:
+            if begin == 0:
                 first_error = float((torch.cat(ratios) - 1).abs().max())
             grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
             if math.isfinite(grad_norm):
@@ -1127,14 +1160,14 @@ def update(
 
 
 def find_boundary(model: Model, sequences: Sequences, config: Config) -> int:
-    """What `--internal-layer auto` optimises: the boundary layer, by 32 tokens of each of 16 first completions."""
+    """What `--internal-layer auto` optimises: the boundary layer, by 32 tokens of each of 16 completions."""
     windows = []
     for n, (prompt, completion) in enumerate(sequences[:: max(1, len(sequences) // 16)][:16]):
-        start = n * max(0, len(completion) - 32) // 15  # early in the first of them, late in the last
+        start = n * max(0, len(completion) - 32) // 15  # n/15 of the way through: early in the first, late in the last
         windows.append((prompt + completion[:start], completion[start : start + 32]))
-    names = ("ffn_input", "ffn")
-    profile = entropy_profile(model, windows, True, names, config.micro_tokens, config.head_tokens)
-    change = [after - before for before, after in zip(*profile.values(), strict=True)]
+    chunks = dict(micro_tokens=config.micro_tokens, head_tokens=config.head_tokens)
+    profile = entropy_profile(model, windows, names=("ffn_input", "ffn"), **chunks)
+    change = [after - before for after, before in zip(profile["ffn"], profile["ffn_input"], strict=True)]
     layer, rounded = boundary_layer(change), " ".join(f"{c:+.2f}" for c in change)
     none = "; none explores, so phase 1 optimises pi itself" if max(change) <= 0 else ""
     tqdm.write(f"Boundary    layer {layer}{none}; FFN entropy changes from layer 1 on, in nats: {rounded}")
@@ -1186,9 +1219,15 @@ def set_up(config: Config, resume: bool) -> Run:
     device, bfloat16 = choose_device(config)
     if origin(config.model) == "tiny" and device.type == "cpu":
         torch.set_num_threads(1)  # more make so small a model no faster, and on a busy machine many times slower
-    torch.manual_seed(config.seed)
-    out, start = run_folder(config, resume), last_checkpoint(config) if resume else None
-    model, tokenizer = load_model(str(start or config.model), device, config.seed)
+    out = run_folder(config, resume)
+    start = checkpoints(out)[-1] if resume and checkpoints(out) else None
+    config.out = str(out)
+    try:
+        model, tokenizer = load_model(str(start or config.model), device, config.seed)
+    except UsageError as error:
+        if start is None:
+            raise
+        raise UsageError(DAMAGED.format(start)) from error
     num_layers, size = len(model.get_decoder().layers), sum(p.numel() for p in model.parameters()) / 1e6
     shape = f"{type(model).__name__}, {num_layers} layers, {size:.1f} M weights"
     print(f"Model       {config.model}: {shape}, {'bfloat16' if bfloat16 else 'float32'} on {device}")
@@ -1264,7 +1303,10 @@ def refresh(actor: Model, model: Model) -> None:
 
 def recompute_activations(model: Model) -> None:
     """Activation checkpointing while training, under the name that this release of transformers has for it."""
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
 
 
 @contextlib.contextmanager
@@ -1329,12 +1371,16 @@ def run_folder(config: Config, resume: bool) -> Path:
     return out
 
 
+LOGS = ("metrics.jsonl", "completions.jsonl")
+
+
 def prepare_folder(out: Path, config: Config, log_sizes: dict[str, int]) -> None:
     """Write the settings, and cut the logs back to what they were at the checkpoint."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for file in out.glob("*.jsonl"):
-            os.truncate(file, log_sizes.get(file.name, 0))
+        for file in (out / name for name in LOGS):
+            if file.exists():
+                os.truncate(file, log_sizes.get(file.name, 0))
         settings = out / ".config.json"
         settings.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
         settings.replace(out / "config.json")  # at no moment is there half a file
@@ -1349,9 +1395,10 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     try:
         temporary.mkdir()
         write(temporary)
-        for file in temporary.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch.save has RuntimeError for a full disk
@@ -1381,6 +1428,9 @@ def save_checkpoint(run: Run) -> None:
         shutil.rmtree(old)
 
 
+DAMAGED = "The checkpoint {} is damaged or of another model; remove it, and --resume goes on from the one before."
+
+
 def load_training_state(folder: Path, run: Run) -> None:
     """Restore what `save_checkpoint` wrote beside the model."""
     try:
@@ -1388,17 +1438,13 @@ def load_training_state(folder: Path, run: Run) -> None:
         run.optimizer.load_state_dict(state["optimizer"])
         run.done, run.internal_layer, run.log_sizes = state["done"], state["internal_layer"], state["log_sizes"]
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        mend = "remove it, and --resume goes on from the one before"
-        raise UsageError(f"The checkpoint {folder} is damaged or of another model; {mend}.") from error
+        raise UsageError(DAMAGED.format(folder)) from error
 
 
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-
-
-def last_checkpoint(config: Config) -> Path | None:
-    return next(reversed(checkpoints(Path(config.out))), None)
+    numbers = {folder: folder.name.rpartition("-")[2] for folder in out.glob("checkpoint-*")}
+    return sorted((f for f in numbers if numbers[f].isdecimal()), key=lambda folder: int(numbers[folder]))
 
 
 def log(file: Path, record: dict) -> None:
@@ -1481,7 +1527,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
         description="Bottom-up Policy Optimization; defaults are [built-in model | others]."
     )
     for f in fields(Config):
-        text = f"{f.metadata['help']} [{f.metadata['tiny']} | {f.metadata['other']}]".replace("%", "%%")
+        defaults = dict.fromkeys(str(f.metadata[column]) for column in ("tiny", "other"))  # once, if they are the same
+        text = f"{f.metadata['help']} [{' | '.join(defaults)}]".replace("%", "%%")
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="")
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
     parser.add_argument("--resume", metavar="", help="folder of a run to go on with, from its last checkpoint")
@@ -1491,7 +1538,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
         return Config(**given), False
     try:
         saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        saved = {f.name: saved[f.name] for f in fields(Config)}
+    except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"There is no run to resume in {folder}; name the folder that --out named.") from error
     for name in given:
         if given[name] != saved.get(name) and name not in MAY_CHANGE:
@@ -1506,10 +1554,9 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    out = None
+    config = None
     try:
         config, resume = parse(arguments)
-        out = config.out
         train(config, resume)
     except UsageError as error:
         print(f"bupo.py: {error}", file=sys.stderr)
@@ -1518,7 +1565,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("bupo.py: out of GPU memory; lower --rows, --micro-tokens or --head-tokens.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nbupo.py: stopped; go on with --resume {out or 'and the folder in runs/'}.", file=sys.stderr)
+        print(f"\nbupo.py: stopped; go on with --resume {config.out if config else 'FOLDER'}.", file=sys.stderr)
         return 130
     return 0
 

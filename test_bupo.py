@@ -491,12 +491,13 @@ RIGHT = r"""
 \left( 3, \frac{\pi}{2} \right) | (3,\frac{\pi}{2})  (-\infty, 2] | (-\infty,2]                  3\cdot 4 | 12      \frac{2\pi}{4} | \frac{\pi}{2}
 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix}1&2\\3&4\end{pmatrix}              52_{8} | 52_8      \infty | \infty
 \displaystyle \frac{a}{b} | \frac{a}{b}              \log 2 | \log{2}  f(x) = x^2 + c | f(x)=x^2+c                  \ln(4) | 2\ln(2)
+\$5 | 5           1,000 \text{ km} | 1000          5 | 5 \text{ cm}   12 inches | 12  \$10,080 | 10080   1 1/2 | 1 1/2
 """
 WRONG = r"""
 5 | 6            50 | 5           -5 | 5             2t | 2            52_8 | 52_1   52_8 | 52    1,2,3 | 123       0.333333 | 1/3
 5 \text{ cm} | 5 \text{ m}        10 \text{ AM} | 10 \text{ PM}        [0,1) | [0,1]               (1,2) | (2,1)     A | B
 yes | no         x | y            \infty | -\infty   x=5 | 6           2\pi | 2      \sqrt{2} | 2  3 | three         i | 1
-(x+1)^3 | x^2+2x+1                \frac{1}{3} | 0.3  10^{10} | 10^{11}  \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix}1&2\\3&5\end{pmatrix}
+1 1/2 | 5.5      1 2 | 12     100, 250 | 100250   52_{16} | 52   5 pi | 5   2 sin x | 2   5 \text{ million} | 5     (x+1)^3 | x^2+2x+1                \frac{1}{3} | 0.3  10^{10} | 10^{11}  \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix}1&2\\3&5\end{pmatrix}
 """
 
 
@@ -598,7 +599,7 @@ def test_hostile_answers_neither_raise_nor_hang_nor_leave_processes_behind():
     assert bupo.math_reward(r"\boxed{\sqrt{8}}", r"2\sqrt{2}") == 1.0  # and the checker still works
     children = Path(f"/proc/self/task/{threading.main_thread().native_id}/children")
     if children.exists():
-        assert len(children.read_text().split()) <= len(bupo.CHECKERS) + 2
+        assert len(children.read_text().split()) <= bupo.CHECKERS + 2
 
 
 def test_rewards_hold_off_the_main_thread_and_without_sigalrm(monkeypatch):
@@ -658,6 +659,7 @@ def write_rows(path: Path, rows: list[dict]) -> str:
         ({"question": "Why?", "final_answer": "Yes", "difficulty": 3.5}, "Why?", "Yes"),  # DeepMath
         ({"question": "What?", "answer": 42}, "What?", "42"),
         ({"question": "What?", "answer": 42.0}, "What?", "42"),
+        ({"question": "What?", "final_answer": ["42"]}, "What?", "42"),
     ],
 )
 def test_load_problems_finds_the_usual_columns(tmp_path, row, question, answer):
@@ -784,7 +786,7 @@ def guessing(tmp_path_factory) -> dict:
         optimizer.step()
         optimizer.zero_grad()
     bupo.save_model(model, tokenizer, folder / "model")
-    (folder / "config.json").write_text(json.dumps({"model": "tiny"}))
+    (folder / "config.json").write_text(json.dumps({"model": "tiny", "internal_layer": "3"}))
     (folder / "metrics.jsonl").touch()
     file = write_rows(folder / "digits.jsonl", problems)
     return dict(
@@ -1043,6 +1045,7 @@ def test_every_setting_is_a_flag_with_help_and_both_defaults(capsys):
         (["--mini-batch", "5"], "must divide --prompts 4"),
         (["--temperature", "0"], "--temperature must be"),
         (["--lr", "nan"], "--lr must be"),
+        (["--beta2", "1"], "must be below 1"),
         (["--max-completion", "1000"], "max_position_embeddings"),
         (["--device", "cuda:99"], "cannot be used"),
         (["--out", "{tmp}"], "is there already"),
@@ -1071,6 +1074,25 @@ def test_an_unknown_flag_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as stopped:
         bupo.main(["--no-such-flag", "3"])
     assert stopped.value.code == 2
+
+
+def test_a_run_and_what_came_of_it_know_the_model_they_began_with(finished, tmp_path):
+    places = (finished, finished / "model", finished / "checkpoint-2")
+    assert [bupo.origin(str(place)) for place in places] == ["tiny"] * 3
+    (tmp_path / "config.json").write_text(json.dumps({"model": str(finished), "internal_layer": "3"}))
+    assert bupo.origin(str(tmp_path)) == "tiny"
+    assert bupo.origin("Qwen/Qwen3-1.7B") == "Qwen/Qwen3-1.7B"
+
+
+def test_what_is_no_run_cannot_be_resumed(finished, capsys):
+    assert bupo.main(flags(resume=finished / "checkpoint-2")) == 2  # its config.json is the model's
+    assert "no run to resume" in capsys.readouterr().err
+
+
+def test_a_missing_math_verify_is_said_not_scored_0(monkeypatch):
+    monkeypatch.setattr(bupo, "CHECKER", "import no_such_module")
+    with pytest.raises(bupo.UsageError, match="math-verify cannot be started"):
+        bupo.AnswerChecker()("1", "2")
 
 
 def test_a_changed_setting_is_refused_by_name_when_resuming(finished, capsys):

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 BUPO = Path(__file__).parent.parent / "bupo.py"
-SETTINGS = ["--steps", "300", "--save-every", "1", "--eval-every", "50", "--warm-up-steps", "300"]
+SETTINGS = ["--steps", "300", "--save-every", "1", "--eval-every", "50"]
 SETTINGS += ["--prompts", "4", "--mini-batch", "2", "--eval-problems", "8"]
 CLOCK = {"rollout_tokens_per_s", "update_tokens_per_s", "peak_memory_gb", "seconds"}  # differ from run to run
 
@@ -37,10 +37,12 @@ def content(run: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
 def main(kills: int = 30) -> None:
     folder, rng, inside, done = Path(tempfile.mkdtemp()), random.Random(0), 0, 0
     calm, wild = folder / "calm", folder / "wild"
-    start("--out", str(calm), *SETTINGS).communicate()
+    start("--out", str(folder / "begin"), "--steps", "1", "--eval-problems", "0").communicate()  # with the warm-up
+    settings = ["--model", str(folder / "begin"), *SETTINGS]
+    start("--out", str(calm), *settings).communicate()
     while done < kills:
         begun = (wild / "config.json").exists()
-        process = start(*(["--resume", str(wild)] if begun else ["--out", str(wild), *SETTINGS]))
+        process = start(*(["--resume", str(wild)] if begun else ["--out", str(wild), *settings]))
         limit = time.perf_counter() + (600 if done % 3 == 2 else rng.uniform(0, 12))  # seconds; start-up takes 5 or so
         while process.poll() is None and time.perf_counter() < limit:
             if done % 3 == 2 and any(wild.glob(".checkpoint-*.tmp")):
