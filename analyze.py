@@ -200,7 +200,7 @@ def token_sums(model: Model, sequences: Sequences, measure: Callable, micro_toke
     lengths = torch.tensor([len(completion) for _, completion in sequences])  # (C,)
     bar = tqdm(total=per_token * int(lengths.sum()) or None, desc="layers", leave=False, unit_scale=True)
     with bar:
-        for group in bupo.micro_batches([len(p) + len(c) for p, c in sequences], micro_tokens):
+        for group in bupo.micro_batches(sequences, micro_tokens):
             owner = torch.tensor(group).repeat_interleave(lengths[group])  # (N,), whose token each is
 
             def record(name: str, layer: int, values: Tensor, owner: Tensor = owner) -> None:

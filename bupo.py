@@ -1,10 +1,18 @@
 r"""Bottom-up Policy Optimization (BuPO, arXiv 2512.19673) in one file.
 
-A language model draws each token from its policy pi = softmax(lm_head(norm(H^L))), where H^l is the residual stream
-after block l of L. Send the hidden state of a *lower* block through the same norm and lm_head and you get an
-*internal layer policy* pi^l. BuPO is GRPO whose first steps optimise one low pi^l, and whose later steps optimise pi.
-So GRPO is BuPO at l = L, and pi^l is simply the model with its upper blocks taken away: this file has one forward
-pass, one log-probability, one loss, and a layer number.
+A block l of a language model adds what its attention and its FFN compute, A^l and F^l, to the residual stream:
+H^l = H^(l-1) + A^l + F^l. The model draws each token from its policy pi = softmax(E_u norm(H^L)), L being the last
+block and E_u the unembedding, lm_head. Send the hidden state of a *lower* block through the same norm and lm_head and
+you get an *internal layer policy* pi^l = softmax(E_u norm(H^l)).
+
+BuPO is GRPO whose first steps optimise one low pi^l, and whose later steps optimise pi. Completions always come from
+pi; there is no KL term and no reference model. So GRPO is BuPO at l = L, and pi^l is simply the model with its upper
+blocks taken away: training has one log-probability, one loss, and a layer number. In phase 1 blocks 1..l, the
+embeddings, the final norm and lm_head learn; the blocks above l stay as they are.
+
+Why it should help, says the paper: low layers still explore (their FFNs raise entropy) while high ones converge, and
+what the low ones write is what the high ones build on, so reward them first. Nothing keeps the upper blocks in step
+meanwhile, so phase 1 is short: the paper takes 20 or 30 steps of 300, and finds that many more make pi collapse.
 
     1 Configuration      Config
     2 Problems           Problem, load_problems, the built-in arithmetic task
@@ -15,6 +23,7 @@ pass, one log-probability, one loss, and a layer number.
     7 Objective          group_advantages, clipped_surrogate, optimised_layer
     8 Evaluation         pass_at_k, evaluate
     9 Training           train: the algorithm, in six numbered steps; update
+                         (then, to be skipped at first: the machine, files and words)
     10 Command line      main
 
 Where this file departs from the paper (P) or from the authors' code (C), on purpose:
@@ -31,6 +40,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import math
 import os
@@ -47,12 +57,12 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import safetensors
 import torch
@@ -61,9 +71,9 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import PreTrainedModel as Model
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
+Model: TypeAlias = "transformers.PreTrainedModel"  # as text: what they name takes seconds to import
+Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 Sequences = list[tuple[list[int], list[int]]]  # (prompt, completion) pairs of token ids
 
 
@@ -75,16 +85,12 @@ class UsageError(ValueError):
 
 DATA = "https://raw.githubusercontent.com/Trae1ounG/BuPO/HEAD/data/"  # the authors' problems
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-CHOICES = dict(
-    internal_norm=("final", "none"), average=("token", "sequence"), precision=("auto", "float32", "bfloat16")
-)
-
-
-def setting(tiny, other, help: str, least: float = 0) -> Any:
-    """A `Config` field: its default for the built-in model, its default for other models, its --help, its minimum."""
-    return field(default=None, metadata=dict(tiny=tiny, other=other, help=help, least=least))
+def setting(tiny: Any, other: Any, help: str, least: float = 0, choices: tuple[str, ...] = ()) -> Any:
+    """A `Config` field: its default for the built-in model and for other models, its --help, and what it may be."""
+    return field(default=None, metadata=dict(tiny=tiny, other=other, help=help, least=least, choices=choices))
 
 
 @dataclass
@@ -101,8 +107,12 @@ class Config:
     # The method:
     internal_layer: str = setting("3", "auto", "l of phase 1, from 1; auto: the boundary layer (paper: Qwen3-4B 6)")
     internal_steps: int = setting(10, 30, "steps of phase 1, on pi^l; 0 is plain GRPO (paper: 30 or 20)")
-    internal_norm: str = setting("final", "final", "final or none: norm before lm_head in pi^l (paper: both)")
-    average: str = setting("token", "token", "token or sequence: what the loss is a mean over (paper: both)")
+    internal_norm: str = setting(
+        "final", "final", "norm before lm_head in pi^l (paper: both)", choices=("final", "none")
+    )
+    average: str = setting(
+        "token", "token", "what the loss is a mean over (paper: both)", choices=("token", "sequence")
+    )
     clip: float = setting(0.2, 0.2, "clip ratio, epsilon (paper: 0.2)", least=1e-6)
     # The recipe:
     steps: int = setting(60, 300, "training steps, a rollout each; 0 only evaluates (paper: 300)")
@@ -129,7 +139,7 @@ class Config:
     head_tokens: int = setting(1024, 1024, "tokens that have logits at the same time", least=1)
     recompute: bool = setting(False, True, "recompute activations in the backward pass: slower, much less memory")
     device: str = setting("auto", "auto", "auto, cpu, cuda or cuda:N")
-    precision: str = setting("auto", "auto", "auto, float32 or bfloat16, to compute in; auto: bfloat16 on CUDA")
+    precision: str = setting("auto", "auto", "to compute in; auto is bfloat16 on CUDA", choices=PRECISIONS)
     # The run:
     warm_up_steps: int = setting(700, 0, "supervised steps first, for --model tiny only")
     seed: int = setting(0, 0, "of everything random")
@@ -143,9 +153,9 @@ class Config:
         for f in fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, f.metadata[column])
-            flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
-            if value not in CHOICES.get(f.name, [value]):
-                raise UsageError(f"{flag} must be one of {', '.join(CHOICES[f.name])}, not {value!r}.")
+            flag, value, choices = "--" + f.name.replace("_", "-"), getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise UsageError(f"{flag} must be one of {', '.join(choices)}, not {value!r}.")
             if f.type in (int, float) and not f.metadata["least"] <= value < math.inf:
                 raise UsageError(f"{flag} must be a number from {f.metadata['least']} on, not {value}.")
         if max(self.beta1, self.beta2) >= 1:
@@ -197,9 +207,8 @@ def load_problems(source: str, limit: int | None = None, system: str = SYSTEM) -
     columns = [next((c for c in known if c in rows.column_names), None) for known in (QUESTION_COLUMNS, ANSWER_COLUMNS)]
     for kind, column in zip(("question", "answer"), columns, strict=True):
         if column is None:
-            raise UsageError(
-                f"{source} has no {kind} column, only {', '.join(rows.column_names)}; rename one to {kind}."
-            )
+            there = ", ".join(rows.column_names)
+            raise UsageError(f"{source} has no {kind} column, only {there}; rename one to {kind}.")
     problems, rows = [], rows.select_columns(columns).select(range(min(limit or len(rows), len(rows))))
     for row in rows:
         messages, answer = as_messages(row[columns[0]], system), as_answer(row[columns[1]])
@@ -272,7 +281,8 @@ def arithmetic_problems(heldout: bool = False, count: int = 20000) -> list[Probl
     A guess is rarely right; writing down the partial results (`worked_solution`) makes it easy. About an eighth of
     the problems, those whose text has a hash divisible by 8, are held out: no training ever sees them.
     """
-    rng, problems = random.Random(0), {}
+    rng = random.Random(0)
+    problems: dict[str, str] = {}  # text -> answer
     while len(problems) < count:
         value = rng.randint(1, 9)
         text = str(value)
@@ -304,7 +314,8 @@ def worked_solution(text: str) -> str:
 
 def extract_boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...} (or \fbox{...}) whose braces balance, None if there is none. Linear time."""
-    last, open_braces = None, []
+    last: tuple[int, str] | None = None  # where the last box begins, and what it holds
+    open_braces: list[re.Match[str]] = []
     for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
         if token[0] == "}" and open_braces:
             opener = open_braces.pop()
@@ -322,8 +333,8 @@ def math_reward(completion: str, answer: str) -> float:
     goes to math-verify, unless it is very long or has a number base (52_8, which math-verify would read as 52).
     """
     boxed = extract_boxed(completion)
-    if boxed is None:
-        return 0.0
+    if boxed is None or len(boxed) > 1000:
+        return float(boxed == answer.strip())
     (given, given_unit), (gold, gold_unit) = split_unit(normalise(boxed)), split_unit(normalise(answer))
     if not given or (given_unit and gold_unit and given_unit != gold_unit):
         return 0.0
@@ -351,7 +362,7 @@ SPELLINGS = [  # what is written in several ways -> the one way we keep
 
 def normalise(text: str) -> str:
     """One spelling of an answer: no layout or thousands separators, single spaces, plain words in lower case."""
-    text = text[:1000].replace("{,}", ",").replace("\N{MINUS SIGN}", "-")
+    text = text.replace("{,}", ",").replace("\N{MINUS SIGN}", "-")
     for pattern, replacement in SPELLINGS:
         text = re.sub(pattern, replacement, text.strip().rstrip("."))
     text = " ".join(text.split())
@@ -388,8 +399,8 @@ from math_verify import LatexExtractionConfig, parse, verify
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-except ImportError:
-    pass  # a system without limits
+except (ImportError, ValueError, OSError):
+    pass  # a system without such limits
 sys.set_int_max_str_digits(0)
 spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
 latex = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=spelling)]
@@ -414,29 +425,33 @@ class AnswerChecker:
     C thread inside the child, so this works from any thread and on any system; no answer can stall training.
     """
 
-    child = None
+    child: Any = None
 
     def __call__(self, gold: str, given: str) -> bool:
         if self.child is None or self.child.poll() is not None:
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="ascii")
+            pipes: dict[str, Any] = dict(
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="ascii"
+            )
             self.child = subprocess.Popen([sys.executable, "-c", CHECKER], start_new_session=True, **pipes)
             if self.child.stdout.readline() != "ready\n":
                 raise UsageError("math-verify cannot be started; install it with pip install -r requirements.txt.")
+        verdict = ""
         try:
             self.child.stdin.write(json.dumps([gold, given]) + "\n")
             self.child.stdin.flush()
             verdict = self.child.stdout.readline()
         except BrokenPipeError:
-            verdict = ""
-        if not verdict:  # the watchdog struck, or someone killed the child: a new one next time
-            self.child.kill()
-            self.child.communicate()
-            self.child = None
+            pass
+        finally:
+            if not verdict:  # the watchdog struck, or an interrupt left a verdict unread: a new child next time
+                self.child.kill()
+                self.child.wait()
+                self.child = None
         return verdict == "1\n"
 
 
 CHECKERS = 4  # several, so that one slow answer does not hold up the others
-IDLE = queue.LifoQueue()
+IDLE: queue.LifoQueue[AnswerChecker] = queue.LifoQueue()
 for _ in range(CHECKERS):
     IDLE.put(AnswerChecker())
 
@@ -473,32 +488,34 @@ def load_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> 
         run = Path(name, "metrics.jsonl").exists()
         source = str(Path(name, "model")) if run else name
         if run and not Path(source).exists():
-            raise UsageError(f"The run {name} has no model/; finish it with --resume, or name one of its checkpoints.")
+            raise UsageError(f"The run {name} has no model/; finish it with --resume, or name a model or a checkpoint.")
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            settings = dict(dtype=torch.float32, use_safetensors=True)
+            settings: dict[str, Any] = dict(dtype=torch.float32, use_safetensors=True)
             model = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
         except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-            known = (
+            why = (
                 "it is no folder with a model in the Hugging Face layout" if Path(name).exists() else first_line(error)
             )
             raise UsageError(
-                f"The model {name} cannot be loaded ({known}); check the name and the connection."
+                f"The model {name} cannot be loaded ({why}); check the name and the connection."
             ) from error
         generation = model.generation_config
         if generation.temperature or generation.top_k or generation.top_p:
             generation.do_sample = True  # without it, transformers refuses to save such settings with the trained model
     check_model(model)
     for module in model.modules():  # no dropout: old and new log-probabilities are those of one network
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    return model.to(device), tokenizer
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+    return model.to(device=device), tokenizer  # type: ignore[call-arg]
 
 
 def check_model(model: Model) -> None:
     """Refuse a model unless H^l = H^(l-1) + A^l + F^l in each block and its logits are lm_head(norm(H^L))."""
 
-    def refuse(reason: str):
+    def refuse(reason: str) -> None:
         use = "use a Llama, Mistral, Qwen2, Qwen3 or SmolLM2"
         raise UsageError(f"{type(model).__name__} is not Llama-like, so it has no internal policies ({reason}); {use}.")
 
@@ -535,14 +552,24 @@ def tiny_model(seed: int) -> tuple[Model, Tokenizer]:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>"
 
-    size = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, max_position_embeddings=512)
-    heads = dict(num_attention_heads=4, num_key_value_heads=4, head_dim=16)
-    ends = dict(pad_token_id=0, bos_token_id=None, eos_token_id=1)
-    start = dict(vocab_size=len(tokens), tie_word_embeddings=True, initializer_range=0.08)
+    shape = transformers.Qwen3Config(
+        vocab_size=len(tokens),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**start, **size, **heads, **ends))
-    return model.eval(), tokenizer
+        return transformers.Qwen3ForCausalLM(shape).eval(), tokenizer
 
 
 def warm_up(model: Model, tokenizer: Tokenizer, steps: int, seed: int = 0) -> None:
@@ -577,17 +604,15 @@ def encode(tokenizer: Tokenizer, problem: Problem, thinking: bool = False) -> li
     messages = problem.messages
     if tokenizer.chat_template is None:
         return tokenizer("\n\n".join(m["content"] for m in messages) + "\n\n").input_ids
-    if messages[0]["role"] == "system" and "system" not in str(
-        tokenizer.chat_template
-    ):  # the template knows no such role
+    if messages[0]["role"] == "system" and "system" not in str(tokenizer.chat_template):  # it knows no such role
         messages = [dict(role="user", content="\n\n".join(m["content"] for m in messages[:2])), *messages[2:]]
-    settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+    settings: dict[str, Any] = dict(tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
     return tokenizer(tokenizer.apply_chat_template(messages, **settings), add_special_tokens=False).input_ids
 
 
 def decode(tokenizer: Tokenizer, completion: "Completion") -> str:
     """The text of a completion, without special tokens."""
-    return tokenizer.decode(completion.ids, skip_special_tokens=True)
+    return str(tokenizer.decode(completion.ids, skip_special_tokens=True))
 
 
 def end_tokens(model: Model, tokenizer: Tokenizer) -> set[int]:
@@ -619,18 +644,21 @@ class SlotCache:
     """
 
     def __init__(self, slots: int):
-        self.slots, self.keys, self.values = slots, [], []
+        self.slots = slots
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
 
-    def enter(self, first: int, prompts: transformers.DynamicCache) -> None:
-        """Copy the keys and values of n prompts just read into slots first..first+n-1."""
+    def enter(self, first: int, prompts: Any, owner: list[int]) -> None:
+        """Copy keys and values of prompts just read, a transformers cache: slot first + i takes those of owner[i]."""
+        slots = slice(first, first + len(owner))
         for i, block in enumerate(b for b in prompts.layers if b.keys is not None):  # a cut model leaves the rest empty
-            n, heads, columns, size = block.keys.shape
+            _, heads, columns, size = block.keys.shape
             if len(self.keys) == i:
-                self.keys.append(block.keys.new_zeros(self.slots, heads, columns, size))
-                self.values.append(block.values.new_zeros(self.slots, heads, columns, size))
+                self.keys.append(block.keys.new_zeros(self.slots, heads, 0, size))
+                self.values.append(block.values.new_zeros(self.slots, heads, 0, size))
             self.widen(i, columns)
-            self.keys[i][first : first + n, :, :columns] = block.keys
-            self.values[i][first : first + n, :, :columns] = block.values
+            self.keys[i][slots, :, :columns] = block.keys[owner]
+            self.values[i][slots, :, :columns] = block.values[owner]
 
     def widen(self, i: int, columns: int) -> None:
         """Make room for so many columns, and for 256 more, so that this is rare."""
@@ -639,23 +667,23 @@ class SlotCache:
             self.keys[i] = F.pad(self.keys[i], (0, 0, 0, missing + 256))
             self.values[i] = F.pad(self.values[i], (0, 0, 0, missing + 256))
 
-    def move(self, row: int, slot: int) -> None:
-        """The sequence of `row` goes on in `slot`."""
+    def move(self, rows: list[int], slots: list[int]) -> None:
+        """The sequence of rows[i] goes on in slots[i]."""
         for store in (*self.keys, *self.values):
-            store[slot] = store[row]
+            store[slots] = store[rows]
 
     def seek(self, position: Tensor) -> Tensor:
         """Before a decoding step: the column of each row, (n,). Returns what each may see, (n, 1, 1, columns)."""
-        self.position, self.columns = position, int(position.max()) + 1
-        return (torch.arange(self.columns, device=position.device) <= position[:, None])[:, None, None]
+        self.columns, device = int(position.max()) + 1, position.device
+        self.written = torch.arange(len(position), device=device), slice(None), position  # rows, all heads, columns
+        return (torch.arange(self.columns, device=device) <= position[:, None])[:, None, None]
 
-    def update(self, key: Tensor, value: Tensor, i: int, *_, **__) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, i: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Called by block i: write a key and a value per row, (n, kv_heads, 1, head_dim), and return all there are."""
-        n, rows = len(key), torch.arange(len(key), device=key.device)
         self.widen(i, self.columns)
-        self.keys[i][rows, :, self.position] = key[:, :, 0]  # (n, kv_heads, head_dim)
-        self.values[i][rows, :, self.position] = value[:, :, 0]
-        return self.keys[i][:n, :, : self.columns], self.values[i][:n, :, : self.columns]
+        self.keys[i][self.written] = key[:, :, 0]  # (n, kv_heads, head_dim)
+        self.values[i][self.written] = value[:, :, 0]
+        return self.keys[i][: len(key), :, : self.columns], self.values[i][: len(key), :, : self.columns]
 
 
 @torch.no_grad()
@@ -671,30 +699,32 @@ def sample(
 ) -> list[Completion]:
     """Sample one completion of every prompt from the full softmax of the model: no top-k, no top-p, no penalties.
 
-    prompts: lists of token ids. At most `rows` sequences are decoded at once; a finished one leaves the batch, and
-    the next prompts enter as soon as an eighth of the rows is free. Temperature 0 is greedy (its log-probabilities and
-    entropies are those of temperature 1). generator: a torch.Generator on the model's device; bar: the name of a
-    progress bar. Returns the completions in the order of the prompts, each of 1 to max_new_tokens tokens.
+    prompts: lists of token ids; equal ones that enter together, as those of a group do, are read once. At most `rows`
+    sequences are decoded at once; a finished one leaves the batch, and the next prompts enter as soon as an eighth of
+    the rows is free. Temperature 0 is greedy (its log-probabilities and entropies are those of temperature 1).
+    generator: a torch.Generator on the model's device; bar: the name of a progress bar. Returns the completions in the
+    order of the prompts, each of 1 to max_new_tokens tokens.
     """
     model.eval()  # in training mode with activation checkpointing, transformers drops the cache without a word
     decoder, lm_head, device = model.get_decoder(), model.get_output_embeddings(), model.device
     completions = [Completion() for _ in prompts]
-    waiting, running = deque(range(len(prompts))), []  # numbers of prompts; running[i] is in row i
+    waiting = deque(range(len(prompts)))  # numbers of prompts
+    running: list[int] = []  # likewise; running[i] is in row i
     cache = SlotCache(min(rows, len(prompts)))
-    hidden = torch.empty(
-        0, model.config.hidden_size, dtype=model.dtype, device=device
-    )  # (n, D), of each row's last token
+    hidden = torch.empty(0, model.config.hidden_size, dtype=model.dtype, device=device)  # (n, D), of each last token
     position = torch.empty(0, dtype=torch.long, device=device)  # (n,), of each row's next token
     progress = tqdm(total=len(prompts), desc=bar, leave=False, disable=None if bar else True)
     while waiting or running:
         free = cache.slots - len(running)
         if waiting and free >= min(len(waiting), max(1, rows // 8)):  # several prompts at a time are read faster
             new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-            ids = nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in new], batch_first=True)  # (k, T)
-            lengths = torch.tensor([len(prompts[i]) for i in new], device=device)  # (k,)
+            places: dict[tuple, int] = {}  # of each distinct prompt among those read
+            owner = [places.setdefault(tuple(prompts[i]), len(places)) for i in new]
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in places], batch_first=True)  # (k, T)
             read = decoder(input_ids=ids.to(device), use_cache=True)
-            cache.enter(len(running), read.past_key_values)
-            last = read.last_hidden_state[torch.arange(len(new), device=device), lengths - 1]  # (k, D)
+            cache.enter(len(running), read.past_key_values, owner)
+            lengths = torch.tensor([len(prompts[i]) for i in new], device=device)  # (len(new),)
+            last = read.last_hidden_state[owner, lengths - 1]  # (len(new), D)
             hidden, position = torch.cat([hidden, last]), torch.cat([position, lengths])
             running += new
 
@@ -715,15 +745,14 @@ def sample(
             done.ended = token in eos_ids
             going.append(not done.ended and len(done.ids) < max_new_tokens)
 
-        # Close the gaps: order[slot] is the row that goes on there. From the last row down, so that order[-1] goes on
-        # (or is the row at hand), and a finished row's slot is taken by the last one.
-        order = list(range(len(running)))
-        for row in reversed(range(len(running))):
-            if not going[row]:
-                last_row = order.pop()
-                if row < len(order):
-                    order[row] = last_row
-                    cache.move(last_row, row)
+        # Finished rows leave, and the last of the others take their places: order[slot] is the row that goes on there.
+        alive = [row for row in range(len(running)) if going[row]]
+        order = list(range(len(alive)))
+        holes = [slot for slot in order if not going[slot]]
+        for hole in holes:
+            order[hole] = alive.pop()
+        if holes:
+            cache.move([order[hole] for hole in holes], holes)
         progress.update(len(running) - len(order))
         running = [running[row] for row in order]
         hidden, position = hidden[:0], position[order]  # (0, D), computed anew if any row goes on; (n,)
@@ -790,17 +819,24 @@ def pad(sequences: Sequences, device: str | torch.device) -> tuple[Tensor, Tenso
     return ids.to(device), ((starts <= column) & (column < ends)).to(device)
 
 
-def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Split sequence numbers into groups that, padded to their longest, hold at most `tokens` tokens, or one sequence.
+def micro_batches(sequences: Sequences, tokens: int, numbers: Iterable[int] | None = None) -> list[list[int]]:
+    """Split sequences, those of the given numbers or all, into groups: lists of their numbers.
 
-    Shortest first, so that little of a group is padding.
+    A group, padded to its longest sequence, holds at most `tokens` tokens, or is a single sequence. Shortest first, so
+    that little of a group is padding.
     """
-    groups = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+    lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)) if numbers is None else numbers, key=lengths.__getitem__):
         if not groups or (len(groups[-1]) + 1) * lengths[i] > tokens:
             groups.append([])
         groups[-1].append(i)
     return groups
+
+
+def predicting(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states (B, T, D) -> (N, D): those one position before each of the N tokens where mask (B, T) is True."""
+    return hidden[:, :-1][mask[:, 1:]]
 
 
 def token_logps(
@@ -821,11 +857,12 @@ def token_logps(
     again: all logits at once, (B, T, V) in float32, are what runs a GPU out of memory.
     """
     norm = norm or layer == len(model.get_decoder().layers)
-    hidden = internal_hidden(model, ids, layer)[:, :-1][mask[:, 1:]]  # (N, D), of the position before each token
+    hidden = predicting(internal_hidden(model, ids, layer), mask)  # (N, D)
     targets = ids[:, 1:][mask[:, 1:]]  # (N,)
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        logps = (policy_logits(model, hidden, norm).float() / temperature).log_softmax(-1)  # (n, V)
+        logits = policy_logits(model, hidden, norm).float()  # (n, V)
+        logps = logits.div_(temperature).log_softmax(-1)  # (n, V)
         fixed = logps.detach()
         entropies = -(fixed.exp() * fixed).sum(-1) if entropy else None  # (n,) Eq. 7
         return logps.gather(-1, targets[:, None])[:, 0], entropies
@@ -843,13 +880,13 @@ def residual_stream(model: Model, visit: Callable[[str, int, Tensor], Any]) -> I
     and 'layer' H^l = H^(l-1) + A^l + F^l; before them comes ('layer', 0), the embeddings.
     """
 
-    def watch(module: nn.Module, name: str, layer: int):
-        def hook(module, inputs, output):
+    def watch(module: nn.Module, name: str, layer: int) -> None:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             visit(name, layer, output[0] if isinstance(output, tuple) else output)
 
         hooks.append(module.register_forward_hook(hook))
 
-    hooks = []
+    hooks: list[Any] = []
     try:
         watch(model.get_input_embeddings(), "layer", 0)
         for layer, block in enumerate(model.get_decoder().layers, start=1):
@@ -883,15 +920,15 @@ def entropy_profile(
     model.eval()
     last = len(model.get_decoder().layers)
     sums = {name: [0.0] * (last + (name == "layer")) for name in names}
-    for group in micro_batches([len(p) + len(c) for p, c in sequences], micro_tokens):
+    for group in micro_batches(sequences, micro_tokens):
         ids, mask = pad([sequences[i] for i in group], model.device)
 
-        def add(name: str, layer: int, tensor: Tensor, mask: Tensor = mask):
+        def add(name: str, layer: int, tensor: Tensor, mask: Tensor = mask) -> None:
             if name not in names:
                 return
             normed = name == "layer" and (norm or layer == last)
             place = layer if name == "layer" else layer - 1  # only this list begins with layer 0
-            for hidden in tensor[:, :-1][mask[:, 1:]].split(head_tokens):  # (n, D)
+            for hidden in predicting(tensor, mask).split(head_tokens):  # (n, D)
                 logps = policy_logits(model, hidden, normed).float().log_softmax(-1)  # (n, V)
                 sums[name][place] -= float((logps.exp() * logps).sum())
 
@@ -1013,9 +1050,9 @@ def train(config: Config, resume: bool = False) -> Path:
             asked = [run.problems[i] for i in numbers for _ in range(config.group)]
             encoded = [encode(run.tokenizer, run.problems[i], config.thinking) for i in numbers]
             prompts = [ids for ids in encoded for _ in range(config.group)]
-            draws = dict(temperature=config.temperature, rows=config.rows, bar="rollouts")
             stream = random_stream(run.device, config.seed, f"rollout {step}")
-            completions = sample(run.actor, prompts, config.max_completion, run.ends, generator=stream, **draws)
+            limits = config.max_completion, run.ends, config.temperature, config.rows
+            completions = sample(run.actor, prompts, *limits, stream, "rollouts")
             sequences = [(prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True)]
             rollout_seconds = time.perf_counter() - began
 
@@ -1027,8 +1064,8 @@ def train(config: Config, resume: bool = False) -> Path:
             advantages = group_advantages(torch.tensor(rewards).view(-1, config.group))  # (problems, group)
 
             # 4 Choose the policy to optimise: pi^l in phase 1, then pi.
-            if run.internal_layer is None and config.internal_steps:
-                run.internal_layer = find_boundary(run.actor, sequences, config)
+            if run.internal_layer is None:  # `auto`
+                run.internal_layer = find_boundary(run.actor, sequences, config) if config.internal_steps else 0
             layer = optimised_layer(step, config.internal_steps, run.internal_layer, run.num_layers)
             if step in (1, config.internal_steps + 1):
                 say_phase(step, layer, run)
@@ -1045,11 +1082,13 @@ def train(config: Config, resume: bool = False) -> Path:
 
                 # 6 Log; save and evaluate now and then.
                 tokens = sum(len(c.ids) for c in completions)
+                entropy = sum(sum(c.entropies) for c in completions) / tokens
                 metrics = dict(
                     step=step,
                     layer=layer,
                     reward=statistics.fmean(rewards),
-                    entropy=sum(sum(c.entropies) for c in completions) / tokens,
+                    entropy=entropy,
+                    layer_entropy=updated.pop("layer_entropy", entropy),  # in phase 2 the policy optimised is pi
                     completion_tokens=tokens / len(completions),
                     truncated=statistics.fmean(not c.ended for c in completions),
                     no_signal=statistics.fmean((advantages == 0).all(-1).tolist()),
@@ -1089,74 +1128,84 @@ def update(
     layer: int,
     config: Config,
     bfloat16: bool = False,
-) -> dict:
+) -> dict[str, Any]:
     """Climb the mean clipped surrogate of pi^layer (Eq. 9; Eq. 3 at l = L), one optimizer update per mini-batch.
 
     sequences: (prompt, completion) pairs of token ids, those of a problem side by side; advantages: one number each.
-    The mean is over a whole mini-batch, so gradients do not depend on its split into micro-batches. A completion whose
-    advantage is 0 has no gradient: it is counted in the mean but left out of the forward pass, and a mini-batch that
-    has no other makes no update, which momentum and weight decay would else turn into one. Returns what the log says.
+    A completion whose advantage is 0 has no gradient: its tokens count in the mean, but the network is spared them. A
+    mini-batch of nothing else makes no update, since momentum and weight decay would turn zeros into one. Returns what
+    the log says.
     """
     model.train()
-    device, lengths = model.device, [len(p) + len(c) for p, c in sequences]
-    tokens = [len(c) for _, c in sequences]
-    settings = dict(
-        norm=config.internal_norm == "final", temperature=config.temperature, head_tokens=config.head_tokens
-    )
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
+    size, everyone = config.mini_batch * config.group, range(len(sequences))
+    mini_batches = [everyone[begin : begin + size] for begin in everyone[::size]]
+    with_signal = [[i for i in mini_batch if advantages[i] != 0] for mini_batch in mini_batches]
+    plan = [micro_batches(sequences, config.micro_tokens, numbers) for numbers in with_signal]
+    phase_1 = layer < len(model.get_decoder().layers)
 
-    # pi^l_old: the log-probabilities before the first update, and the entropy of the policy that is optimised.
-    old_logps, entropy = [torch.empty(0)] * len(sequences), 0.0
-    for micro in micro_batches(lengths, config.micro_tokens):
-        with torch.no_grad(), autocast():
-            ids, mask = pad([sequences[i] for i in micro], device)  # (B, T) each
-            logps, entropies = token_logps(model, ids, mask, layer, **settings, entropy=True)  # (N,) each
-        entropy += float(entropies.sum()) / sum(tokens)
-        for i, own in zip(micro, logps.split([tokens[i] for i in micro]), strict=True):
-            old_logps[i] = own
+    def score(micro: list[int], entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        """log pi^l of the N completion tokens of a micro-batch (N,), and if asked the entropies of pi^l there (N,)."""
+        ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
+        norm = config.internal_norm == "final"
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
+            return token_logps(model, ids, mask, layer, norm, config.temperature, config.head_tokens, entropy)
 
-    ratios, clipped, grad_norms, skipped, first_error = [], [], [], 0, None
-    size = config.mini_batch * config.group
-    for begin in range(0, len(sequences), size):
-        mini_batch = range(begin, min(begin + size, len(sequences)))
-        members = [i for i in mini_batch if advantages[i] != 0]
-        for micro in micro_batches([lengths[i] for i in members], config.micro_tokens):
-            chosen = [members[i] for i in micro]  # numbers within `sequences`
-            counts = torch.tensor([tokens[i] for i in chosen])  # (B,)
-            if config.average == "token":
-                weights = torch.full((len(chosen),), 1.0 / sum(tokens[i] for i in mini_batch))  # (B,)
-            else:
-                weights = 1.0 / (len(mini_batch) * counts)  # (B,)
-            weight = weights.repeat_interleave(counts).to(device)  # (N,)
-            advantage = advantages[chosen].repeat_interleave(counts).to(device)  # (N,)
-            old = torch.cat([old_logps[i] for i in chosen])  # (N,)
-            with autocast():
-                logps, _ = token_logps(model, *pad([sequences[i] for i in chosen], device), layer, **settings)  # (N,)
-            surrogate = clipped_surrogate(logps, old, advantage, config.clip)  # (N,)
-            (-(weight * surrogate).sum()).backward()
-            ratio = (logps.detach() - old).exp()  # (N,)
-            ratios.append(ratio)
-            clipped.append(surrogate.detach() < ratio * advantage)
-        if members:
-            if begin == 0:
-                first_error = float((torch.cat(ratios) - 1).abs().max())
-            grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
-            if math.isfinite(grad_norm):
-                optimizer.step()
-                grad_norms.append(grad_norm)
-            else:
-                skipped += 1
-            optimizer.zero_grad()  # to None: what lies above `layer` must get no zeros, which AdamW would act upon
+    # Before the first update: pi^l_old, in the micro-batches of the updates, so that at first rho is 1 to the last bit.
+    # And in phase 1 the entropy of pi^l, of all completions; that of pi is known from the rollout.
+    others = [i for i in everyone if advantages[i] == 0] if phase_1 else []
+    old_logps, entropy = {}, 0.0
+    with torch.no_grad():
+        for micro in itertools.chain(*plan, micro_batches(sequences, config.micro_tokens, others)):
+            old_logps[tuple(micro)], entropies = score(micro, entropy=phase_1)
+            entropy += 0.0 if entropies is None else float(entropies.sum())
+
+    ratios, clipped, skipped, first_error = [], [], 0, None
+    grad_norms: list[float] = []
+    for mini_batch, micros in zip(mini_batches, plan, strict=True):
+        for micro in micros:
+            old, (logps, _) = old_logps[tuple(micro)], score(micro)  # (N,) each
+            weight, advantage = per_token(sequences, advantages, mini_batch, micro, config.average)  # (N,) each
+            surrogate = clipped_surrogate(logps, old, advantage.to(logps.device), config.clip)  # (N,)
+            (-(weight.to(logps.device) * surrogate).sum()).backward()
+            ratios.append((logps.detach() - old).exp())  # (N,)
+            clipped.append(surrogate.detach() < ratios[-1] * advantage.to(logps.device))  # (N,)
+        if not micros:
+            continue
+        if not grad_norms and not skipped:
+            first_error = float((torch.cat(ratios) - 1).abs().max())
+        grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
+        if math.isfinite(grad_norm):
+            optimizer.step()
+            grad_norms.append(grad_norm)
+        else:
+            skipped += 1
+        optimizer.zero_grad()  # to None: what lies above `layer` must get no zeros, which AdamW would act upon
     ratio = torch.cat(ratios) if ratios else torch.ones(1)
     return dict(
-        layer_entropy=entropy,
         clipped=float(torch.cat(clipped).float().mean()) if clipped else 0.0,
         ratio_mean=float(ratio.mean()),
         ratio_max=float(ratio.max()),
-        first_ratio_error=first_error,  # max |rho - 1| on the first mini-batch: anything but rounding is a bug
+        first_ratio_error=first_error,  # max |rho - 1| before the first update: anything but rounding is a bug
         grad_norm=statistics.fmean(grad_norms) if grad_norms else 0.0,
         skipped_updates=skipped,  # for a gradient that was not finite
+        **(dict(layer_entropy=entropy / sum(len(c) for _, c in sequences)) if phase_1 else {}),
     )
+
+
+def per_token(
+    sequences: Sequences, advantages: Tensor, mini_batch: range, micro: list[int], average: str
+) -> tuple[Tensor, Tensor]:
+    """For the N completion tokens of a micro-batch: their weights in the mean over its mini-batch, and advantages.
+
+    The mean is over all tokens of the mini-batch (average 'token'), or per completion and then over completions
+    ('sequence'). Weighted so, gradients do not depend on how a mini-batch is split into micro-batches.
+    """
+    counts = torch.tensor([len(sequences[i][1]) for i in micro])  # (B,)
+    total = sum(len(sequences[i][1]) for i in mini_batch)
+    weights = (
+        1.0 / (len(mini_batch) * counts) if average == "sequence" else torch.full(counts.shape, 1.0 / total)
+    )  # (B,)
+    return weights.repeat_interleave(counts), advantages[micro].repeat_interleave(counts)
 
 
 def find_boundary(model: Model, sequences: Sequences, config: Config) -> int:
@@ -1165,8 +1214,8 @@ def find_boundary(model: Model, sequences: Sequences, config: Config) -> int:
     for n, (prompt, completion) in enumerate(sequences[:: max(1, len(sequences) // 16)][:16]):
         start = n * max(0, len(completion) - 32) // 15  # n/15 of the way through: early in the first, late in the last
         windows.append((prompt + completion[:start], completion[start : start + 32]))
-    chunks = dict(micro_tokens=config.micro_tokens, head_tokens=config.head_tokens)
-    profile = entropy_profile(model, windows, names=("ffn_input", "ffn"), **chunks)
+    limits = config.micro_tokens, config.head_tokens
+    profile = entropy_profile(model, windows, True, ("ffn_input", "ffn"), *limits)
     change = [after - before for after, before in zip(profile["ffn"], profile["ffn_input"], strict=True)]
     layer, rounded = boundary_layer(change), " ".join(f"{c:+.2f}" for c in change)
     none = "; none explores, so phase 1 optimises pi itself" if max(change) <= 0 else ""
@@ -1237,11 +1286,24 @@ def set_up(config: Config, resume: bool) -> Run:
         held_out = usable_problems(config.eval_dataset, config.eval_problems, tokenizer, config)
     if config.steps:
         problems = usable_problems(config.dataset, config.train_problems, tokenizer, config)
-    adam = dict(betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=device.type == "cuda")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, **adam)
+    betas, decay = (config.beta1, config.beta2), config.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas, weight_decay=decay, fused=True)
     layer = None if config.internal_layer == "auto" else int(config.internal_layer)
-    parts = (config, out, device, bfloat16, model, model, tokenizer, optimizer, problems, held_out)
-    run = Run(*parts, end_tokens(model, tokenizer), num_layers, layer)
+    run = Run(
+        config=config,
+        out=out,
+        device=device,
+        bfloat16=bfloat16,
+        model=model,
+        actor=model,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        problems=problems,
+        held_out=held_out,
+        ends=end_tokens(model, tokenizer),
+        num_layers=num_layers,
+        internal_layer=layer,
+    )
     if start:
         load_training_state(start, run)
         print(f"Resumed     after step {run.done}, from {start}")
@@ -1261,18 +1323,16 @@ def evaluate_run(run: Run) -> None:
     if not run.held_out:
         return
     c = run.config
-    draws = dict(temperature=c.eval_temperature, rows=c.rows, seed=c.seed, thinking=c.thinking)
-    metrics, samples = evaluate(run.actor, run.tokenizer, run.held_out, c.eval_k, c.max_completion, **draws)
+    draws = c.eval_k, c.max_completion, c.eval_temperature, c.rows, c.seed, c.thinking
+    metrics, samples = evaluate(run.actor, run.tokenizer, run.held_out, *draws)
     log(run.out / "metrics.jsonl", dict(step=run.done, **metrics))
     for problem, completion, reward in samples[: 8 * c.eval_k : c.eval_k]:  # one of each of the first eight problems
         asked = dict(messages=problem.messages, answer=problem.answer)
         ids = dict(prompt_ids=encode(run.tokenizer, problem, c.thinking), ids=completion.ids)
         text = dict(completion=decode(run.tokenizer, completion), ended=completion.ended, reward=reward)
         log(run.out / "completions.jsonl", dict(step=run.done, **asked, **text, **ids))
-    average, error, passed = (
-        100 * (x or 0) for x in (metrics["eval_avg"], metrics["eval_se"], metrics["eval_pass"][-1])
-    )
-    score = f"avg@{c.eval_k} {average:.1f} % (standard error {error:.1f}), pass@{c.eval_k} {passed:.1f} %"
+    average, error, passed = metrics["eval_avg"], metrics["eval_se"] or 0.0, metrics["eval_pass"][-1]
+    score = f"avg@{c.eval_k} {average:.1%} (standard error {error:.1%}), pass@{c.eval_k} {passed:.1%}"
     tqdm.write(f"Evaluation  step {run.done}: {score}, {len(run.held_out)} held-out problems")
 
 
@@ -1312,9 +1372,9 @@ def recompute_activations(model: Model) -> None:
 @contextlib.contextmanager
 def finish_first() -> Iterator[None]:
     """Inside this context Ctrl-C and SIGTERM wait for its end; a second one does not."""
-    asked = []
+    asked: list[int] = []
 
-    def wait(number, frame):
+    def wait(number: int, frame: Any) -> None:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
@@ -1458,11 +1518,8 @@ def log(file: Path, record: dict) -> None:
 
 
 def say_phase(step: int, layer: int, run: Run) -> None:
-    name = (
-        f"the internal policy of layer {layer} of {run.num_layers}"
-        if layer < run.num_layers
-        else "the policy pi (GRPO)"
-    )
+    low = f"the internal policy of layer {layer} of {run.num_layers}"
+    name = low if layer < run.num_layers else "the policy pi (GRPO)"
     tqdm.write(f"Phase       {1 + (step > run.config.internal_steps)}, from step {step}: optimises {name}")
 
 
@@ -1484,21 +1541,24 @@ def say_step(bar: tqdm, metrics: dict, run: Run) -> None:
     run.skipped_updates = 0 if metrics["grad_norm"] else run.skipped_updates + metrics["skipped_updates"]
     if run.skipped_updates >= 10:
         save_checkpoint(run)
-        raise UsageError("Ten updates in a row had no finite gradient; lower --lr, or use --precision float32.")
+        mend = f"start anew, from --model {checkpoints(run.out)[-1]}, with a lower --lr or --precision float32"
+        raise UsageError(f"Ten updates in a row had no finite gradient; {mend}.")
 
 
 def advice(metrics: dict, no_reward_steps: int) -> set[str]:
     """What a user should know about a step, and what to do."""
-    notes = {
-        "no reward in 20 steps: read completions.jsonl; are answers boxed, problems too hard?": no_reward_steps >= 20,
-        "most completions are cut off: raise --max-completion": metrics["truncated"] > 0.5,
-        "most groups have equal rewards and teach nothing: raise --group, or change --dataset": metrics["no_signal"]
-        > 0.8,
-        "the entropy is nearly 0, nothing is left to explore: lower --lr or stop earlier": metrics["entropy"] < 0.02,
-        "the ratio is not 1 before the first update: please report this bug": (metrics["first_ratio_error"] or 0)
-        > 0.05,
-    }
-    return {sentence for sentence, true in notes.items() if true}
+    wrong_ratio = (metrics["first_ratio_error"] or 0.0) > 0.05
+    notes = [
+        (no_reward_steps >= 20, "no reward in 20 steps: read completions.jsonl; are answers boxed, problems too hard?"),
+        (metrics["truncated"] > 0.5, "most completions are cut off: raise --max-completion"),
+        (
+            metrics["no_signal"] > 0.8,
+            "most groups have equal rewards and teach nothing: raise --group, or change --dataset",
+        ),
+        (metrics["entropy"] < 0.02, "the entropy is nearly 0, nothing is left to explore: lower --lr or stop earlier"),
+        (wrong_ratio, "the ratio is not 1 before the first update: please report this bug"),
+    ]
+    return {sentence for true, sentence in notes if true}
 
 
 def first_line(error: BaseException) -> str:
@@ -1518,17 +1578,17 @@ def peak_memory_gb(device: torch.device) -> float | None:
 
 # 10 Command line ======================================================================================================
 
-MAY_CHANGE = ("steps", "save_every", "keep")  # when a run is resumed
+# When a run is resumed. The last four change nothing but rounding and the order of random draws: what memory needs.
+MAY_CHANGE = ("steps", "save_every", "keep", "rows", "micro_tokens", "head_tokens", "recompute")
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
     """The `Config` of a command line, of which every field is a flag, and whether to resume."""
-    parser = argparse.ArgumentParser(
-        description="Bottom-up Policy Optimization; defaults are [built-in model | others]."
-    )
+    parser = argparse.ArgumentParser(description="Bottom-up Policy Optimization; defaults: [built-in model | others].")
     for f in fields(Config):
         defaults = dict.fromkeys(str(f.metadata[column]) for column in ("tiny", "other"))  # once, if they are the same
-        text = f"{f.metadata['help']} [{' | '.join(defaults)}]".replace("%", "%%")
+        choices = f"{', '.join(f.metadata['choices'])}: " if f.metadata["choices"] else ""
+        text = f"{choices}{f.metadata['help']} [{' | '.join(defaults)}]".replace("%", "%%")
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="")
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
     parser.add_argument("--resume", metavar="", help="folder of a run to go on with, from its last checkpoint")
@@ -1562,12 +1622,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bupo.py: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("bupo.py: out of GPU memory; lower --rows, --micro-tokens or --head-tokens.", file=sys.stderr)
+        flags = "--rows, --micro-tokens or --head-tokens"
+        print(f"bupo.py: out of GPU memory; lower {flags}{how_to_go_on(config)}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nbupo.py: stopped; go on with --resume {config.out if config else 'FOLDER'}.", file=sys.stderr)
+        print(f"\nbupo.py: stopped{how_to_go_on(config)}.", file=sys.stderr)
         return 130
     return 0
+
+
+def how_to_go_on(config: Config | None) -> str:
+    begun = config and config.steps and config.out and Path(config.out, "config.json").exists()
+    return f"; go on with --resume {config.out}" if config and begun else ""
 
 
 if __name__ == "__main__":
