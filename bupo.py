@@ -11,8 +11,9 @@ blocks taken away: training has one log-probability, one loss, and a layer numbe
 embeddings, the final norm and lm_head learn; the blocks above l stay as they are.
 
 Why it should help, says the paper: low layers still explore (their FFNs raise entropy) while high ones converge, and
-what the low ones write is what the high ones build on, so reward them first. Nothing keeps the upper blocks in step
-meanwhile, so phase 1 is short: the paper takes 20 or 30 steps of 300, and finds that many more make pi collapse.
+an internal policy that is rewarded makes its layers find early what reasoning needs, for the upper ones to build on.
+Nothing keeps the upper blocks in step meanwhile, so phase 1 is short: 20 or 30 steps of 300 in the paper, where many
+more make pi collapse.
 
     1 Configuration      Config
     2 Problems           Problem, load_problems, the built-in arithmetic task
@@ -85,7 +86,7 @@ class UsageError(ValueError):
 
 DATA = "https://raw.githubusercontent.com/Trae1ounG/BuPO/HEAD/data/"  # the authors' problems
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
-PRECISIONS = ("auto", "float32", "bfloat16")
+NORMS, AVERAGES, PRECISIONS = ("final", "none"), ("token", "sequence"), ("auto", "float32", "bfloat16")
 
 
 def setting(tiny: Any, other: Any, help: str, least: float = 0, choices: tuple[str, ...] = ()) -> Any:
@@ -107,12 +108,8 @@ class Config:
     # The method:
     internal_layer: str = setting("3", "auto", "l of phase 1, from 1; auto: the boundary layer (paper: Qwen3-4B 6)")
     internal_steps: int = setting(10, 30, "steps of phase 1, on pi^l; 0 is plain GRPO (paper: 30 or 20)")
-    internal_norm: str = setting(
-        "final", "final", "norm before lm_head in pi^l (paper: both)", choices=("final", "none")
-    )
-    average: str = setting(
-        "token", "token", "what the loss is a mean over (paper: both)", choices=("token", "sequence")
-    )
+    internal_norm: str = setting("final", "final", "norm before lm_head in pi^l (paper: both)", choices=NORMS)
+    average: str = setting("token", "token", "what the loss is a mean over (paper: both)", choices=AVERAGES)
     clip: float = setting(0.2, 0.2, "clip ratio, epsilon (paper: 0.2)", least=1e-6)
     # The recipe:
     steps: int = setting(60, 300, "training steps, a rollout each; 0 only evaluates (paper: 300)")
@@ -552,24 +549,13 @@ def tiny_model(seed: int) -> tuple[Model, Tokenizer]:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>"
 
-    shape = transformers.Qwen3Config(
-        vocab_size=len(tokens),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.08,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
+    size: dict[str, Any] = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, vocab_size=len(tokens))
+    heads: dict[str, Any] = dict(num_attention_heads=4, num_key_value_heads=4, head_dim=16, max_position_embeddings=512)
+    rest: dict[str, Any] = dict(tie_word_embeddings=True, initializer_range=0.08, pad_token_id=0, eos_token_id=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return transformers.Qwen3ForCausalLM(shape).eval(), tokenizer
+        config = transformers.Qwen3Config(**size, **heads, **rest, bos_token_id=None)
+        return transformers.Qwen3ForCausalLM(config).eval(), tokenizer
 
 
 def warm_up(model: Model, tokenizer: Tokenizer, steps: int, seed: int = 0) -> None:
@@ -1039,6 +1025,7 @@ def train(config: Config, resume: bool = False) -> Path:
     Raises UsageError for what the user can mend, and KeyboardInterrupt, after a checkpoint, when it is interrupted.
     """
     run = set_up(config, resume)
+    device, bfloat16 = run.model.device, run.actor is not run.model
     bar = tqdm(total=config.steps, initial=run.done, desc="training", unit="step", disable=not config.steps)
     try:
         if run.done % config.eval_every == 0 or run.done == config.steps:
@@ -1050,8 +1037,8 @@ def train(config: Config, resume: bool = False) -> Path:
             asked = [run.problems[i] for i in numbers for _ in range(config.group)]
             encoded = [encode(run.tokenizer, run.problems[i], config.thinking) for i in numbers]
             prompts = [ids for ids in encoded for _ in range(config.group)]
-            stream = random_stream(run.device, config.seed, f"rollout {step}")
-            limits = config.max_completion, run.ends, config.temperature, config.rows
+            ends, stream = end_tokens(run.model, run.tokenizer), random_stream(device, config.seed, f"rollout {step}")
+            limits = config.max_completion, ends, config.temperature, config.rows
             completions = sample(run.actor, prompts, *limits, stream, "rollouts")
             sequences = [(prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True)]
             rollout_seconds = time.perf_counter() - began
@@ -1075,8 +1062,8 @@ def train(config: Config, resume: bool = False) -> Path:
                 run.whole, updating = False, time.perf_counter()
                 for parameters in run.optimizer.param_groups:
                     parameters["lr"] = config.lr * min(1.0, step / config.lr_ramp)
-                updated = update(run.model, run.optimizer, sequences, advantages.flatten(), layer, config, run.bfloat16)
-                if run.actor is not run.model:
+                updated = update(run.model, run.optimizer, sequences, advantages.flatten(), layer, config, bfloat16)
+                if bfloat16:
                     refresh(run.actor, run.model)
                 update_seconds = time.perf_counter() - updating
 
@@ -1095,7 +1082,7 @@ def train(config: Config, resume: bool = False) -> Path:
                     **updated,
                     rollout_tokens_per_s=tokens / rollout_seconds,
                     update_tokens_per_s=tokens / update_seconds,
-                    peak_memory_gb=peak_memory_gb(run.device),
+                    peak_memory_gb=peak_memory_gb(device),
                     seconds=time.perf_counter() - began,
                 )
                 log(run.out / "metrics.jsonl", metrics)
@@ -1202,9 +1189,9 @@ def per_token(
     """
     counts = torch.tensor([len(sequences[i][1]) for i in micro])  # (B,)
     total = sum(len(sequences[i][1]) for i in mini_batch)
-    weights = (
-        1.0 / (len(mini_batch) * counts) if average == "sequence" else torch.full(counts.shape, 1.0 / total)
-    )  # (B,)
+    weights = 1.0 / (len(mini_batch) * counts)  # (B,)
+    if average == "token":
+        weights = torch.full_like(weights, 1.0 / total)  # (B,)
     return weights.repeat_interleave(counts), advantages[micro].repeat_interleave(counts)
 
 
@@ -1242,21 +1229,18 @@ class Run:
 
     config: Config
     out: Path
-    device: torch.device
-    bfloat16: bool
     model: Model  # float32 master weights
-    actor: Model  # what completions are drawn from: the model itself, or its bfloat16 copy
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
     problems: list[Problem]
     held_out: list[Problem]
-    ends: set[int]
     num_layers: int
 
     internal_layer: int | None  # None until `auto` has found it
     done: int = 0  # steps
     log_sizes: dict[str, int] = field(default_factory=dict)  # bytes of each log after `done` steps
 
+    actor: Any = None  # what completions are drawn from: the model itself, or its bfloat16 copy
     whole: bool = True  # False in the middle of a step
     no_reward_steps: int = 0  # in a row
     skipped_updates: int = 0  # in a row
@@ -1289,21 +1273,7 @@ def set_up(config: Config, resume: bool) -> Run:
     betas, decay = (config.beta1, config.beta2), config.weight_decay
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas, weight_decay=decay, fused=True)
     layer = None if config.internal_layer == "auto" else int(config.internal_layer)
-    run = Run(
-        config=config,
-        out=out,
-        device=device,
-        bfloat16=bfloat16,
-        model=model,
-        actor=model,
-        tokenizer=tokenizer,
-        optimizer=optimizer,
-        problems=problems,
-        held_out=held_out,
-        ends=end_tokens(model, tokenizer),
-        num_layers=num_layers,
-        internal_layer=layer,
-    )
+    run = Run(config, out, model, tokenizer, optimizer, problems, held_out, num_layers, layer)
     if start:
         load_training_state(start, run)
         print(f"Resumed     after step {run.done}, from {start}")
@@ -1311,8 +1281,7 @@ def set_up(config: Config, resume: bool) -> Run:
     if config.model == "tiny" and not start:
         print(f"Warm-up     {config.warm_up_steps} supervised steps on worked and careless answers")
         warm_up(model, tokenizer, config.warm_up_steps, config.seed)
-    if bfloat16:
-        run.actor = bfloat16_copy(model)
+    run.actor = bfloat16_copy(model) if bfloat16 else model
     if config.recompute:
         recompute_activations(model)
     return run
@@ -1494,7 +1463,7 @@ DAMAGED = "The checkpoint {} is damaged or of another model; remove it, and --re
 def load_training_state(folder: Path, run: Run) -> None:
     """Restore what `save_checkpoint` wrote beside the model."""
     try:
-        state = torch.load(folder / "training.pt", map_location=run.device, weights_only=True)
+        state = torch.load(folder / "training.pt", map_location=run.model.device, weights_only=True)
         run.optimizer.load_state_dict(state["optimizer"])
         run.done, run.internal_layer, run.log_sizes = state["done"], state["internal_layer"], state["log_sizes"]
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
