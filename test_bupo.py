@@ -43,7 +43,11 @@ def small_model(family: str = "Qwen3", layers: int = 4, **settings):
     config = getattr(transformers, f"{family}Config")(**{**shape, **heads, **ends, **settings})
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+        for name, weight in model.named_parameters():
+            if "norm" in name:  # with weights of 1, to norm twice would be to norm once
+                torch.nn.init.uniform_(weight, 0.5, 1.5)
+        return model
 
 
 def random_sequences(lengths: list[tuple[int, int]], seed: int = 0) -> list[tuple[list[int], list[int]]]:
@@ -198,12 +202,22 @@ def test_entropy_profile_equals_a_direct_computation_for_any_batching(norm):
     for layer in range(5):
         entropies = torch.cat([naive_logps(model, *pair, layer, norm, 1.0)[1].detach() for pair in SEQUENCES])
         assert profiles[0]["layer"][layer] == pytest.approx(entropies.mean().item(), rel=1e-5)
-    block, hidden = model.model.layers[2], []
-    block.mlp.register_forward_hook(lambda module, inputs, output: hidden.append((inputs[0], output)))
+    block, hidden = model.model.layers[2], {name: [] for name in ("attention_input", "attention", "ffn_input", "ffn")}
+
+    def keep_attention(module, inputs, settings, output):
+        hidden["attention_input"].append(settings["hidden_states"])
+        hidden["attention"].append(output[0])
+
+    def keep_ffn(module, inputs, output):
+        hidden["ffn_input"].append(inputs[0])
+        hidden["ffn"].append(output)
+
+    block.self_attn.register_forward_hook(keep_attention, with_kwargs=True)
+    block.mlp.register_forward_hook(keep_ffn)
     for prompt, completion in SEQUENCES:
         model(torch.tensor([prompt + completion]))
-    for i, name in enumerate(("ffn_input", "ffn")):
-        rows = torch.cat([h[i][0, len(p) - 1 : -1] for h, (p, _) in zip(hidden, SEQUENCES, strict=True)])
+    for name in hidden:
+        rows = torch.cat([h[0, len(p) - 1 : -1] for h, (p, _) in zip(hidden[name], SEQUENCES, strict=True)])
         logps = model.lm_head(rows).log_softmax(-1).detach()
         assert profiles[0][name][2] == pytest.approx(-(logps.exp() * logps).sum(-1).mean().item(), rel=1e-5)
 
@@ -216,6 +230,9 @@ def test_entropy_profile_equals_a_direct_computation_for_any_batching(norm):
         ([-0.4, 0.9, 0.7, 0.05, -0.1], 3),  # the first layer does not explore yet
         ([0.2, 0.3, 0.4], 3),
         ([-1.0, -2.0, -3.0], 3),  # no layer explores: pi itself
+        ([0.0, -2.0, -3.0], 3),  # nor does one that changes nothing
+        ([0.9, 0.8, -0.2, 0.5, -0.1], 2),  # what explores again above is another region
+        ([0.04, 0.03, 0.001, -0.2], 2),  # clearly positive: next to the largest change, not in nats
     ],
 )
 def test_boundary_layer(change, layer):
@@ -233,6 +250,8 @@ def test_group_advantages_by_hand():
     assert advantages[2].tolist() == pytest.approx([-0.25 / (third + 1e-6)] * 3 + [0.75 / (third + 1e-6)])
     assert advantages[1].tolist() == [0.0] * 4  # exactly, not nearly
     assert advantages[3].tolist() == [0.0] * 4
+    equal = torch.tensor([[0.1], [0.3], [0.7]]).repeat(1, 8)  # the mean of eight of these is a little off in float32
+    assert bupo.group_advantages(equal).tolist() == [[0.0] * 8] * 3
 
 
 @pytest.mark.parametrize(
@@ -294,6 +313,35 @@ def test_the_update_is_the_gradient_of_the_formula_for_any_micro_batches(layer, 
             torch.testing.assert_close(seen[name], expected[name], rtol=1e-4, atol=1e-6)
         assert metrics["first_ratio_error"] < 1e-6
         assert metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("layer", [2, 4])
+def test_the_second_mini_batch_is_clipped_against_the_policy_before_the_first(layer):
+    model, seen = small_model(), []
+    before = [naive_logps(model, *pair, layer, True, 1.0)[0].detach() for pair in ROLLOUT]
+
+    class Spy(torch.optim.SGD):
+        def step(self):
+            seen.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            if len(seen) == 1:  # else the model stays as the second gradient was taken of it
+                super().step()
+
+    metrics = bupo.update(model, Spy(model.parameters(), lr=0.3), ROLLOUT, ADVANTAGES, layer, update_settings())
+    assert len(seen) == 2
+    model.zero_grad()
+    loss, clipped, total = 0.0, 0, sum(len(ROLLOUT[i][1]) for i in range(4, 8))
+    for i in range(4, 8):
+        ratio = (naive_logps(model, *ROLLOUT[i], layer, True, 1.0)[0] - before[i]).exp()
+        plain, bounded = ratio * ADVANTAGES[i], ratio.clamp(0.8, 1.2) * ADVANTAGES[i]
+        loss, clipped = loss - torch.minimum(plain, bounded).sum() / total, clipped + int((bounded < plain).sum())
+    loss.backward()
+    assert 0 < clipped < total
+    first = sum(len(ROLLOUT[i][1]) for i in (0, 1))  # 2 and 3 have no advantage; nothing is clipped at rho = 1
+    assert metrics["clipped"] == pytest.approx(clipped / (total + first))
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert seen[1].keys() == expected.keys()
+    for name in expected:
+        assert (seen[1][name] - expected[name]).norm() <= 1e-3 * expected[name].norm()
 
 
 def test_phase_1_moves_what_is_below_the_layer_and_nothing_above():
