@@ -27,7 +27,7 @@ CHOSEN = "chosen], device), layer"
 # function: (its tests, as `pytest -k` takes them, [(a mistake, text of the function, what the mistake makes of it)])
 EXERCISES = {
     "internal_hidden": (
-        "top_layer or lower_layer or only_the_blocks",
+        "top_layer or lower_layer_has or only_the_blocks",
         [
             ("one layer too low", "first_layers(model, layer,", "first_layers(model, max(0, layer - 1),"),
             ("final norm applied", "norm=False", "norm=True"),
@@ -135,7 +135,7 @@ EXERCISES = {
         ],
     ),
     "update": (
-        "the_update or second_mini_batch or phase_1 or without_any_advantage",
+        "gradient_of_the_formula or second_mini_batch or phase_1 or without_any_advantage",
         [
             ("mean over the micro-batch", "tokens[i] for i in mini_batch", "tokens[i] for i in chosen"),
             ("zero advantages not counted", "tokens[i] for i in mini_batch", "tokens[i] for i in members"),
