@@ -1042,6 +1042,7 @@ def train(config: Config, resume: bool = False) -> Path:
             completions = sample(run.actor, prompts, *limits, stream, "rollouts")
             sequences = [(prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True)]
             rollout_seconds = time.perf_counter() - began
+            mismatch = sampling_error(run.actor, sequences, completions, config)
 
             # 2 Reward 1 for a right boxed answer, else 0.
             texts = [decode(run.tokenizer, completion) for completion in completions]
@@ -1079,6 +1080,7 @@ def train(config: Config, resume: bool = False) -> Path:
                     completion_tokens=tokens / len(completions),
                     truncated=statistics.fmean(not c.ended for c in completions),
                     no_signal=statistics.fmean((advantages == 0).all(-1).tolist()),
+                    sampling_error=mismatch,
                     **updated,
                     rollout_tokens_per_s=tokens / rollout_seconds,
                     update_tokens_per_s=tokens / update_seconds,
@@ -1126,7 +1128,8 @@ def update(
     model.train()
     size, everyone = config.mini_batch * config.group, range(len(sequences))
     mini_batches = [everyone[begin : begin + size] for begin in everyone[::size]]
-    with_signal = [[i for i in mini_batch if advantages[i] != 0] for mini_batch in mini_batches]
+    advantages, signal = advantages.to(model.device), (advantages != 0).tolist()
+    with_signal = [[i for i in mini_batch if signal[i]] for mini_batch in mini_batches]
     plan = [micro_batches(sequences, config.micro_tokens, numbers) for numbers in with_signal]
     phase_1 = layer < len(model.get_decoder().layers)
 
@@ -1139,7 +1142,7 @@ def update(
 
     # Before the first update: pi^l_old, in the micro-batches of the updates, so that at first rho is 1 to the last bit.
     # And in phase 1 the entropy of pi^l, of all completions; that of pi is known from the rollout.
-    others = [i for i in everyone if advantages[i] == 0] if phase_1 else []
+    others = [i for i in everyone if not signal[i]] if phase_1 else []
     old_logps, entropy = {}, 0.0
     with torch.no_grad():
         for micro in itertools.chain(*plan, micro_batches(sequences, config.micro_tokens, others)):
@@ -1152,10 +1155,10 @@ def update(
         for micro in micros:
             old, (logps, _) = old_logps[tuple(micro)], score(micro)  # (N,) each
             weight, advantage = per_token(sequences, advantages, mini_batch, micro, config.average)  # (N,) each
-            surrogate = clipped_surrogate(logps, old, advantage.to(logps.device), config.clip)  # (N,)
-            (-(weight.to(logps.device) * surrogate).sum()).backward()
+            surrogate = clipped_surrogate(logps, old, advantage, config.clip)  # (N,)
+            (-(weight * surrogate).sum()).backward()
             ratios.append((logps.detach() - old).exp())  # (N,)
-            clipped.append(surrogate.detach() < ratios[-1] * advantage.to(logps.device))  # (N,)
+            clipped.append(surrogate.detach() < ratios[-1] * advantage)  # (N,)
         if not micros:
             continue
         if not grad_norms and not skipped:
@@ -1187,7 +1190,7 @@ def per_token(
     The mean is over all tokens of the mini-batch (average 'token'), or per completion and then over completions
     ('sequence'). Weighted so, gradients do not depend on how a mini-batch is split into micro-batches.
     """
-    counts = torch.tensor([len(sequences[i][1]) for i in micro])  # (B,)
+    counts = torch.tensor([len(sequences[i][1]) for i in micro], device=advantages.device)  # (B,)
     total = sum(len(sequences[i][1]) for i in mini_batch)
     weights = 1.0 / (len(mini_batch) * counts)  # (B,)
     if average == "token":
@@ -1208,6 +1211,19 @@ def find_boundary(model: Model, sequences: Sequences, config: Config) -> int:
     none = "; none explores, so phase 1 optimises pi itself" if max(change) <= 0 else ""
     tqdm.write(f"Boundary    layer {layer}{none}; FFN entropy changes from layer 1 on, in nats: {rounded}")
     return layer
+
+
+@torch.no_grad()
+def sampling_error(model: Model, sequences: Sequences, completions: list[Completion], config: Config) -> float:
+    """Mean difference, in nats per token, between log pi as sampled and as scored, on 8 completions: rounding, or a bug."""
+    numbers, errors = range(0, len(sequences), max(1, len(sequences) // 8)), []
+    for micro in micro_batches(sequences, config.micro_tokens, numbers):
+        batch = pad([sequences[i] for i in micro], model.device)  # (B, T) each
+        top, chunk = len(model.get_decoder().layers), config.head_tokens
+        scored, _ = token_logps(model, *batch, top, temperature=config.temperature, head_tokens=chunk)  # (N,)
+        sampled = torch.tensor([logp for i in micro for logp in completions[i].logps])  # (N,)
+        errors.append((scored.cpu() - sampled).abs())
+    return float(torch.cat(errors).mean())
 
 
 def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
@@ -1526,6 +1542,7 @@ def advice(metrics: dict, no_reward_steps: int) -> set[str]:
         ),
         (metrics["entropy"] < 0.02, "the entropy is nearly 0, nothing is left to explore: lower --lr or stop earlier"),
         (wrong_ratio, "the ratio is not 1 before the first update: please report this bug"),
+        (metrics["sampling_error"] > 0.1, "what is sampled is not what is scored: please report this bug"),
     ]
     return {sentence for true, sentence in notes if true}
 

@@ -525,6 +525,15 @@ def test_the_internal_policy_can_be_sampled():
         )
 
 
+def test_a_sampler_that_does_not_draw_from_what_is_scored_is_noticed():
+    model, config = small_model(), update_settings()
+    completions = bupo.sample(model, PROMPTS * 3, 12, {1}, 1.0, 4, torch.Generator().manual_seed(0))
+    sequences = [(prompt, c.ids) for prompt, c in zip(PROMPTS * 3, completions, strict=True)]
+    assert bupo.sampling_error(model, sequences, completions, config) < 1e-5
+    other = small_model(rms_norm_eps=0.5)
+    assert bupo.sampling_error(other, sequences, completions, config) > 0.1
+
+
 def test_every_end_token_counts():
     model, tokenizer = bupo.load_model("tiny")
     model.generation_config.eos_token_id = [7, 9]
@@ -1070,7 +1079,7 @@ def test_ten_updates_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeyp
 
 
 def test_notes_tell_what_to_do():
-    fine = dict(truncated=0.1, no_signal=0.2, entropy=0.5, first_ratio_error=None)
+    fine = dict(truncated=0.1, no_signal=0.2, entropy=0.5, first_ratio_error=None, sampling_error=0.02)
     assert bupo.advice(fine, 19) == set()
     assert any("no reward" in note for note in bupo.advice(fine, 20))
     for change, words in [
@@ -1078,6 +1087,7 @@ def test_notes_tell_what_to_do():
         (dict(no_signal=0.9), "--group"),
         (dict(entropy=0.01), "--lr"),
         (dict(first_ratio_error=0.5), "ratio"),
+        (dict(sampling_error=0.5), "sampled"),
     ]:
         assert [words in note for note in bupo.advice({**fine, **change}, 0)] == [True]
 
@@ -1545,3 +1555,4 @@ def test_a_short_run_of_the_built_in_task_raises_held_out_accuracy(tmp_path):
     assert after["eval_avg"] > before["eval_avg"] + 0.08
     assert before["eval_avg"] > 0.25  # the warm-up left something to reinforce
     assert all(line["first_ratio_error"] < 1e-3 for line in metrics if line.get("first_ratio_error") is not None)
+    assert all(line["sampling_error"] < 1e-4 for line in metrics if "reward" in line)

@@ -22,7 +22,7 @@ HOME = Path(__file__).resolve().parent.parent
 BODY = ""  # as the old text of a wrong answer: all that follows the docstring
 FULL = "return model(ids, output_hidden_states=True).hidden_states[layer]"
 NORMED = "model.get_decoder().norm(hidden) if norm else hidden"
-CHOSEN = "chosen], device), layer"
+CHOSEN = "ids, mask, layer"
 
 # function: (its tests, as `pytest -k` takes them, [(a mistake, text of the function, what the mistake makes of it)])
 EXERCISES = {
@@ -48,8 +48,8 @@ EXERCISES = {
     "entropy_profile": (
         "entropy_profile_equals",
         [
-            ("at the token, not before it", "tensor[:, :-1][mask[:, 1:]]", "tensor[mask]"),
-            ("prompts and padding counted", "tensor[:, :-1][mask[:, 1:]]", "tensor.flatten(0, 1)"),
+            ("at the token, not before it", "predicting(tensor, mask)", "tensor[mask]"),
+            ("prompts and padding counted", "predicting(tensor, mask)", "tensor.flatten(0, 1)"),
             ("no norm at L", "(norm or layer == last)", "norm"),
             ("modules normed", 'name == "layer" and (norm or layer == last)', "norm or layer == last"),
             ("attention alone normed", 'name == "layer" and', 'name in ("layer", "attention") and'),
@@ -137,13 +137,25 @@ EXERCISES = {
     "update": (
         "gradient_of_the_formula or second_mini_batch or phase_1 or without_any_advantage",
         [
-            ("mean over the micro-batch", "tokens[i] for i in mini_batch", "tokens[i] for i in chosen"),
-            ("zero advantages not counted", "tokens[i] for i in mini_batch", "tokens[i] for i in members"),
             ("gradients to 0, not to None", "optimizer.zero_grad()", "optimizer.zero_grad(set_to_none=False)"),
             ("rho always 1", "clipped_surrogate(logps, old,", "clipped_surrogate(logps, logps.detach(),"),
             ("objective descended", "(-(weight * surrogate).sum())", "((weight * surrogate).sum())"),
             ("phase 1 optimises pi", CHOSEN, CHOSEN.replace("layer", "len(model.get_decoder().layers)")),
             ("phase 2 optimises pi^2", CHOSEN, CHOSEN.replace("layer", "2")),
+        ],
+    ),
+    "per_token": (
+        "gradient_of_the_formula",
+        [
+            ("tokens of the micro-batch", "[1]) for i in mini_batch", "[1]) for i in micro"),
+            (
+                "zero advantages not counted",
+                "[1]) for i in mini_batch",
+                "[1]) for i in mini_batch if advantages[i] != 0",
+            ),
+            ("completions of the micro-batch", "len(mini_batch) * counts", "len(micro) * counts"),
+            ("averages the wrong way round", 'average == "token"', 'average == "sequence"'),
+            ("advantages of the first ones", "advantages[micro]", "advantages[: len(micro)]"),
         ],
     ),
 }
