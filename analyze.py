@@ -19,7 +19,8 @@ token counts at the position that predicts it, in float32, at temperature 1. Hoo
 (`bupo.residual_stream`): a hidden state is measured as it comes and then forgotten, and at most --head-tokens tokens
 have logits at a time. KL(pi || pi^l) = -H(pi) - E_pi[log pi^l] needs pi before the stream reaches its end. But
 E_pi[log pi^l] is linear in the logits W norm(h), so the mean row of lm_head under pi, W^T pi, can stand for pi: a first
-forward pass keeps D + 3 numbers per token (`final_policy`), not V. In all: two forward passes and 6 L heads.
+forward pass keeps D + 3 numbers per token (`final_policy`), not V. In all: two forward passes and 6 L heads, which take
+nearly all of the time.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 import torch
@@ -50,9 +52,11 @@ matplotlib.use("Agg")  # no window
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 Record = Callable[[str, int, Tensor], None]  # takes a measure's name, its layer and its value at each of N tokens
+Sums = dict[tuple[str, int], Tensor]  # (name, layer) -> (C,), float64: the sums over each completion's tokens
 
 MODULES = ("attention_input", "attention", "ffn_input", "ffn")
 
@@ -116,7 +120,7 @@ def measure_all_layers(model: Model, ids: Tensor, mask: Tensor, record: Record, 
         return in_chunks(lambda h: entropy_of(policy_logits(model, h, norm)), head_tokens, hidden)  # (N,)
 
     final = in_chunks(partial(final_policy, model), head_tokens, at_completions(internal_hidden(model, ids, last)))
-    stream = None  # (N, D), what the next module writes to
+    stream = torch.empty(0)  # from the embeddings on (N, D): what the next module writes to
 
     def visit(name: str, layer: int, tensor: Tensor) -> None:
         nonlocal stream
@@ -127,7 +131,7 @@ def measure_all_layers(model: Model, ids: Tensor, mask: Tensor, record: Record, 
             record("policy", layer, policy)
             record("kl", layer, kl)
             record("top1", layer, top1)
-            # The authors' plot knows only this one, from text tokenised again; its top layer is not the policy.
+            # All that the authors' plot has, at L too, where it is not the policy; theirs is of text tokenised again.
             record("policy_without_norm", layer, entropies(hidden, norm=False) if layer < last else policy)
         else:
             record(name, layer, entropies(hidden, norm=False))
@@ -189,14 +193,15 @@ def layers_above(layer: int, last: int) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
-def token_sums(model: Model, sequences: Sequences, measure: Callable, micro_tokens: int = 16384, per_token: int = 0):
-    """What `measure` records, summed over the tokens of each completion: {(name, layer): (C,), float64}.
+def token_sums(
+    model: Model, sequences: Sequences, measure: Callable, micro_tokens: int = 16384, per_token: int = 0
+) -> Sums:
+    """What `measure` records, summed over the tokens of each of the C completions: all that averages and errors need.
 
-    Per completion, since that is what averages and their errors need, and all that is kept. per_token: how many
-    numbers `measure` records of each token, for the progress bar.
+    per_token: how many numbers `measure` records of each token, for the progress bar.
     """
     model.eval()
-    sums = defaultdict(lambda: torch.zeros(len(sequences), dtype=torch.float64))
+    sums: Sums = defaultdict(lambda: torch.zeros(len(sequences), dtype=torch.float64))
     lengths = torch.tensor([len(completion) for _, completion in sequences])  # (C,)
     bar = tqdm(total=per_token * int(lengths.sum()) or None, desc="layers", leave=False, unit_scale=True)
     with bar:
@@ -234,13 +239,13 @@ def averages(sums: dict[str, dict[int, Tensor]], sequences: Sequences) -> dict:
     return found
 
 
-def with_changes(sums: dict[tuple[str, int], Tensor]) -> dict[str, dict[int, Tensor]]:
+def with_changes(sums: Sums) -> dict[str, dict[int, Tensor]]:
     """{(name, layer): (C,)} -> {name: {layer: (C,)}}, joined by the entropy changes, token by token.
 
     'layer_change' is H(pi^l) - H(pi^(l-1)) (Eq. 8, 11), also '..._without_norm'; 'attention_change' is H(A^l) -
     H(LN(H^(l-1))) (Eq. 12), 'ffn_change' H(F^l) - H(LN(H^(l-1) + A^l)) (Eq. 13).
     """
-    by_name = defaultdict(dict)
+    by_name: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for (name, layer), values in sums.items():
         by_name[name][layer] = values
     for name, policy in (("layer_change", "policy"), ("layer_change_without_norm", "policy_without_norm")):
@@ -270,9 +275,10 @@ def profile(model: Model, sequences: Sequences, micro_tokens: int = 16384, head_
     )
 
 
-def layer_over_training(folder: str, layer: int | None, options: argparse.Namespace) -> dict:
+def layer_over_training(folder: str, options: argparse.Namespace) -> dict:
     """How one layer of a run moves: the averages of `measure_one_layer` at its start and at each of its checkpoints.
 
+    The layer is --layer, by default the one that the run optimised.
     All of them are taken on the same token ids, completions of the model that the run started from (or those of
     --completions): what moves is the network, not the text. So perplexity says how far pi has left its start.
     """
@@ -281,11 +287,14 @@ def layer_over_training(folder: str, layer: int | None, options: argparse.Namesp
     saved = bupo.checkpoints(Path(folder))
     if not saved:
         raise UsageError(f"{folder} keeps no checkpoints; run bupo.py with --keep 0, which keeps them all.")
-    layer = layer or next((r["layer"] for r in records if "layer" in r), None)
     model, tokenizer = load(config)
     last = len(model.get_decoder().layers)
-    if layer is None or not 1 <= layer < last:
-        raise UsageError(f"{folder} optimised no internal layer; name one from 1 to {last - 1} with --layer.")
+    layer = next((r["layer"] for r in records if "layer" in r), last) if options.layer is None else options.layer
+    if not 1 <= layer < last:
+        wrong = (
+            f"{folder} optimised no internal layer" if options.layer is None else f"There is no internal layer {layer}"
+        )
+        raise UsageError(f"{wrong}; name one from 1 to {last - 1} with --layer.")
     sequences = get_sequences(model, tokenizer, config, options)
     norm = config.internal_norm == "final"
     measure = partial(measure_one_layer, layer=layer, norm=norm, head_tokens=config.head_tokens)
@@ -296,8 +305,8 @@ def layer_over_training(folder: str, layer: int | None, options: argparse.Namesp
         sums = token_sums(model, sequences, measure, config.micro_tokens)
         found = averages(with_changes(sums), sequences)
         mean, error = found["nll"]["mean"][0], found["nll"]["se"][0]
-        spread = [None if error is None else math.exp(mean) * error]
-        found["perplexity"] = dict(layer=[last], mean=[math.exp(mean)], se=spread)  # error to first order
+        error = None if error is None else math.exp(mean) * error  # to first order
+        found["perplexity"] = dict(layer=[last], mean=[math.exp(mean)], se=[error])
         points.append(dict(step=int(source.name.rpartition("-")[2]) if source else 0, measures=found))
     tokens = sum(len(completion) for _, completion in sequences)
     facts = dict(run=short_name(folder), layer=layer, layers=last, internal_steps=settings["internal_steps"])
@@ -338,31 +347,36 @@ def training_curves(folders: list[str]) -> list[dict]:
     Of a single run only eval_avg has an error, its own over problems. Steps that not all runs of a setting have reached
     are left out.
     """
-    settings = defaultdict(list)
+    members: dict[str, dict[int, str]] = defaultdict(dict)  # setting -> seed -> folder
     for folder in folders:
-        config = {name: value for name, value in run_config(folder).items() if name not in SAME_SETTING}
+        config = run_config(folder)
+        setting = {name: value for name, value in config.items() if name not in SAME_SETTING}
         if not config["internal_steps"]:
-            config |= dict(internal_layer=None, internal_norm=None)  # plain GRPO has no use for them
-        settings[json.dumps(config, sort_keys=True)].append((folder, config))
-    groups = []
-    for members in settings.values():
-        runs, config = [read_lines(Path(folder, "metrics.jsonl")) for folder, _ in members], members[0][1]
+            setting |= dict(internal_layer=None, internal_norm=None)  # plain GRPO has no use for them
+        seeds = members[json.dumps(setting, sort_keys=True)]
+        if config["seed"] in seeds:
+            same = f"{seeds[config['seed']]} and {folder} are of one setting and one seed"
+            raise UsageError(f"{same}, which tells nothing of the error; name one of them.")
+        seeds[config["seed"]] = folder
+    settings, configs = [], [json.loads(setting) for setting in members]
+    for config, seeds in zip(configs, members.values(), strict=True):
+        runs = [read_lines(Path(folder, "metrics.jsonl")) for folder in seeds.values()]
         training = [[record for record in run if "reward" in record] for run in runs]
         if not all(training):
-            raise UsageError(f"{members[training.index([])][0]} has no training steps, so no curves; name another run.")
-        groups.append(
+            empty = list(seeds.values())[training.index([])]
+            raise UsageError(f"{empty} has no training steps, so no curves; name another run.")
+        settings.append(
             dict(
-                config=config,
-                runs=[str(folder) for folder, _ in members],
+                runs=list(seeds.values()),
                 internal_steps=config["internal_steps"],
                 internal_layers=sorted({run[0]["layer"] for run in training}),  # differ where it was found by itself
                 eval_k=next((record["eval_k"] for record in runs[0] if "eval_k" in record), None),
                 curves={name: curve(runs, name) for name in CURVES},
             )
         )
-    for group, label in zip(groups, labels(groups), strict=True):
-        group["label"] = label
-    return [{name: value for name, value in group.items() if name != "config"} for group in groups]
+    for setting, label in zip(settings, labels(settings, configs), strict=True):
+        setting["label"] = label
+    return settings
 
 
 def curve(runs: list[list[dict]], name: str) -> dict:
@@ -373,22 +387,24 @@ def curve(runs: list[list[dict]], name: str) -> dict:
     if len(runs) > 1:
         errors = [statistics.stdev(column) / len(column) ** 0.5 for column in columns]
     else:
-        own = {r["step"]: r.get(name.replace("_avg", "_se")) for r in runs[0] if name == "eval_avg" and name in r}
+        own = {r["step"]: r["eval_se"] for r in runs[0] if name in r and name == "eval_avg"}
         errors = [own.get(step) for step in steps]
     return dict(step=steps, mean=[statistics.fmean(column) for column in columns], se=errors)
 
 
-def labels(groups: list[dict]) -> list[str]:
+def labels(settings: list[dict], configs: list[dict]) -> list[str]:
     """What a legend calls each setting: its method, the other settings in which it differs, the number of its runs."""
-    configs, names = [group["config"] for group in groups], []
+    names = []
     differ = [n for n in configs[0] if len({str(c[n]) for c in configs if c.get(n) is not None}) > 1]
-    for group, config in zip(groups, configs, strict=True):
-        layers, steps = "/".join(map(str, group["internal_layers"])), group["internal_steps"]
+    for setting, config in zip(settings, configs, strict=True):
+        layers, steps = "/".join(map(str, setting["internal_layers"])), setting["internal_steps"]
         parts = [f"BuPO, layer {layers} for {steps} steps" if steps else "GRPO"]
         known = ("internal_layer", "internal_steps")
         parts += [f"{n.replace('_', ' ')} {config[n]}" for n in differ if n not in known and config.get(n) is not None]
-        names.append(", ".join(parts + [f"{len(group['runs'])} seeds"] * (len(group["runs"]) > 1)))
-    twice = [f" ({group['runs'][0]})" * (names.count(name) > 1) for name, group in zip(names, groups, strict=True)]
+        names.append(", ".join(parts + [f"{len(setting['runs'])} seeds"] * (len(setting["runs"]) > 1)))
+    twice = [
+        f" ({setting['runs'][0]})" * (names.count(name) > 1) for name, setting in zip(names, settings, strict=True)
+    ]
     return [name + folder for name, folder in zip(names, twice, strict=True)]
 
 
@@ -402,14 +418,16 @@ plt.rc("axes.spines", top=False, right=False)
 plt.rc("lines", linewidth=1.3, markersize=3.5)
 plt.rc("legend", fontsize=7, frameon=False)
 plt.rc("grid", color="#e6e6e6")
-plt.rc("figure.constrained_layout", use=True)
+plt.rc("figure.constrained_layout", use=True, w_pad=0.08)  # inches
 plt.rc("savefig", dpi=200)
 
 
-def line(
-    axis: Axes, x: list, mean: list, se: list, label: str, style: int, dash: str = "-", scale: float = 1.0
-) -> None:
-    """A mean with its band of one standard error; marks and dashes tell lines apart where colours do not."""
+def line(axis: Axes, points: dict, label: str | None, style: int, dash: str = "-", scale: float = 1.0) -> None:
+    """A mean with its band of one standard error; marks and dashes tell lines apart where colours do not.
+
+    points: {layer or step: [...], mean: [...], se: [...]}.
+    """
+    x, mean, se = points.values()
     colour, mark = STYLES[style % len(STYLES)]
     every = max(1, len(x) // 12)
     y = [scale * m for m in mean]
@@ -419,15 +437,16 @@ def line(
         axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def finish(axis: Axes, title: str, x: str, y: str, rows: int | None = None) -> None:
+def finish(axis: Axes, title: str, x: str, y: str, rows: int = 1) -> None:
     """Name a panel and its axes; the legend, of so many rows, lies under the title, where it hides no line."""
-    handles = axis.get_legend_handles_labels()[0]
     axis.set(xlabel=x, ylabel=y)
-    axis.set_title(title, loc="left", pad=5 + 9 * (rows or math.ceil(len(handles) / 2)))
+    axis.set_title(title, loc="left", pad=5 + 9 * rows)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    handles = axis.get_legend_handles_labels()[0]
     if handles:
-        place = dict(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, borderpad=0)
-        axis.legend(**place, ncols=2, columnspacing=1.2, labelspacing=0.2)
+        columns = 1 if len(handles) <= rows else 2
+        space = dict(borderaxespad=0.1, borderpad=0.0, columnspacing=1.2, labelspacing=0.2)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **space)
 
 
 def draw_profiles(found: list[dict]) -> Figure:
@@ -436,8 +455,8 @@ def draw_profiles(found: list[dict]) -> Figure:
     figure = plt.figure(figsize=(7.2, 6.2) if single else (3.5 * len(found), 11.0))
     parts, columns = figure.subfigures(1, len(found), squeeze=False)[0], []
     for model, part in zip(found, parts, strict=True):
-        space = " " if single else "\n"
-        part.suptitle(f"{model['model']}:{space}{model['completions']} completions, {model['tokens']:,} tokens")
+        name, tokens = model["model"], f"{model['completions']} completions, {model['tokens']:,} tokens"
+        part.suptitle(f"{name}: {tokens}" if single else f"{fill(name, 42)}:\n{tokens}")
         columns.append(list(part.subplots(*((2, 2) if single else (4, 1))).flat))
         draw_profile(model, columns[-1])
     for row in zip(*columns, strict=True):  # one scale for all models
@@ -450,10 +469,10 @@ def draw_profiles(found: list[dict]) -> Figure:
 def draw_profile(model: dict, axes: list[Axes]) -> None:
     """The four panels of one model, from its `profile`. The embeddings, layer 0, are among the numbers only."""
 
-    def draw(axis: Axes, name: str, label: str, style: int, dash: str = "-", scale: float = 1.0) -> None:
+    def draw(axis: Axes, name: str, label: str | None, style: int, dash: str = "-", scale: float = 1.0) -> None:
         measure = model["measures"][name]
         start = measure["layer"].index(1)
-        line(axis, *(measure[key][start:] for key in ("layer", "mean", "se")), label, style, dash, scale)
+        line(axis, {key: values[start:] for key, values in measure.items()}, label, style, dash, scale)
 
     flow, change, agreement, cosine = axes
     draw(flow, "policy", r"layer $\pi^l$, with the final norm", 0)
@@ -474,9 +493,9 @@ def draw_profile(model: dict, axes: list[Axes]) -> None:
     finish(change, "Entropy change within the block", "layer $l$", "entropy change (nats)", rows=3)
 
     right = agreement.twinx()
-    draw(agreement, "kl", r"KL$(\pi \,\|\, \pi^l)$, left axis", 0)
-    draw(right, "top1", "same top token, right axis", 1, "--", 100)
-    agreement.plot([], [], "--s", color=ORANGE, label="same top token, right axis")
+    draw(agreement, "kl", r"KL$(\pi \,\|\, \pi^l)$ (left)", 0)
+    draw(right, "top1", None, 1, "--", 100)
+    agreement.plot([], [], "--s", color=ORANGE, label="same top token (right)")
     right.set_ylabel("same top token (% of tokens)", color=ORANGE)
     right.set_ylim(-4, 104)
     right.grid(False)
@@ -488,9 +507,10 @@ def draw_profile(model: dict, axes: list[Axes]) -> None:
     draw(cosine, "attention_cosine", r"$A^l$ and $H^{l-1}$", 1, "-.")
     draw(cosine, "ffn_cosine", r"$F^l$ and $H^{l-1}+A^l$", 2)
     cosine.axhline(0, color="black", linewidth=0.8)
-    for axis in axes:
-        axis.set_xlim(left=0.6)  # layers count from 1
     finish(cosine, "Writing and the stream written to", "layer $l$", "cosine similarity")
+    for axis in axes:
+        axis.set_xlim(0.6 - model["layers"] / 100, model["layers"] * 1.02 + 0.3)
+        axis.set_xticks([1, *(k for k in axis.get_xticks() if 1 < k <= model["layers"])])  # layers count from 1
 
 
 def shade_phase_1(axis: Axes, ends: list[int]) -> None:
@@ -499,45 +519,30 @@ def shade_phase_1(axis: Axes, ends: list[int]) -> None:
         axis.axvspan(0, end, color="black", alpha=0.08, linewidth=0, label=None if n else "phase 1")
 
 
-def draw_curves(groups: list[dict]) -> Figure:
+def draw_curves(settings: list[dict]) -> Figure:
     """Reward, held-out accuracy, entropies and completion length against the step, all settings overlaid."""
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 6.0))
-    panels = (
-        ("reward", "Reward in training", "mean reward", 1),
-        ("eval_avg", "Held-out accuracy", "accuracy (%)", 100),
-        ("entropy", "Entropy of the policies", "entropy (nats)", 1),
-        ("completion_tokens", "Completion length", "tokens per completion", 1),
-    )
-    for axis, (name, title, unit, scale) in zip(axes.flat, panels, strict=True):
-        shade_phase_1(axis, [group["internal_steps"] for group in groups])
-        for style, group in enumerate(groups):
-            found = group["curves"][name]
-            if name == "eval_avg":
-                colour, mark = STYLES[style % len(STYLES)]
-                y, error = ([None if v is None else 100 * v for v in found[key]] for key in ("mean", "se"))
-                bars = dict(yerr=error if None not in error else None, capsize=2, elinewidth=0.9)
-                axis.errorbar(found["step"], y, **bars, color=colour, marker=mark)
-            else:
-                line(axis, *(found[key] for key in ("step", "mean", "se")), None, style, "-", scale)
-            if name == "entropy":
-                found = group["curves"]["layer_entropy"]
-                line(axis, *(found[key] for key in ("step", "mean", "se")), None, style, ":")
-        if name == "entropy":
-            axis.plot([], [], "-", color="black", label=r"policy $\pi$")
-            axis.plot([], [], ":", color="black", label="policy being optimised")
-        ks = sorted({group["eval_k"] for group in groups if group["eval_k"]})
-        finish(
-            axis,
-            title + f", avg@{'/'.join(map(str, ks))}" * (name == "eval_avg"),
-            "training step",
-            unit,
-            rows=1 + (name in ("entropy", "completion_tokens")),
-        )
-    names = []
-    for style, group in enumerate(groups):
-        colour, mark = STYLES[style % len(STYLES)]
-        names.append(plt.Line2D([], [], color=colour, marker=mark, label=group["label"]))
-    figure.legend(handles=names, loc="outside lower center", ncols=1 if len(groups) < 3 else 2)
+    (reward, accuracy, entropy, length), names = axes.flat, []
+    for axis in axes.flat:
+        shade_phase_1(axis, [setting["internal_steps"] for setting in settings])
+    for style, setting in enumerate(settings):
+        curves, (colour, mark) = setting["curves"], STYLES[style % len(STYLES)]
+        line(reward, curves["reward"], None, style)
+        line(entropy, curves["entropy"], None, style)
+        line(entropy, curves["layer_entropy"], None, style, ":")
+        line(length, curves["completion_tokens"], None, style)
+        step, mean, se = curves["eval_avg"].values()
+        bars = None if None in se else [100 * error for error in se]
+        accuracy.errorbar(step, [100 * m for m in mean], bars, color=colour, marker=mark, capsize=2, elinewidth=0.9)
+        names.append(Line2D([], [], color=colour, marker=mark, label=setting["label"]))
+    entropy.plot([], [], "-", color="black", label=r"policy $\pi$")
+    entropy.plot([], [], ":", color="black", label="policy being optimised")
+    ks = "/".join(map(str, sorted({setting["eval_k"] for setting in settings if setting["eval_k"]})))
+    finish(reward, "Reward in training", "training step", "mean reward")
+    finish(accuracy, f"Held-out accuracy, avg@{ks}" if ks else "Held-out accuracy", "training step", "accuracy (%)")
+    finish(entropy, "Entropy of the policies", "training step", "entropy (nats)", rows=2)
+    finish(length, "Completion length", "training step", "tokens per completion", rows=2)
+    figure.legend(handles=names, loc="outside lower center", ncols=1 if len(settings) < 3 else 2)
     return figure
 
 
@@ -550,7 +555,7 @@ def draw_over_training(found: dict) -> Figure:
     def draw(axis: Axes, name: str, k: int, label: str | None, style: int, dash: str = "-") -> None:
         measures = [point["measures"][name] for point in found["points"]]
         mean, se = ([m[key][m["layer"].index(k)] for m in measures] for key in ("mean", "se"))
-        line(axis, steps, mean, se, label, style, dash)
+        line(axis, dict(step=steps, mean=mean, se=se), label, style, dash)
 
     for axis in axes.flat:
         shade_phase_1(axis, [found["internal_steps"]])
@@ -575,8 +580,10 @@ def draw_over_training(found: dict) -> Figure:
 
 # 5 Command line =======================================================================================================
 
-OF_CONFIG = ("max_prompt", "max_completion", "temperature", "internal_norm", "system", "thinking", "seed")
-OF_CONFIG += ("device", "rows", "micro_tokens", "head_tokens")  # flags that mean what they mean in bupo.py
+OF_CONFIG = (  # flags that mean what they mean in bupo.py
+    *("max_prompt", "max_completion", "temperature", "internal_norm", "system", "thinking", "seed"),
+    *("device", "rows", "micro_tokens", "head_tokens"),
+)
 
 
 def config_for(model: str, options: argparse.Namespace, run: dict | None = None) -> Config:
@@ -588,8 +595,11 @@ def config_for(model: str, options: argparse.Namespace, run: dict | None = None)
 
 
 def short_name(model: str) -> str:
-    """What pictures call a model: the name of its folder, or its id on the Hub."""
-    return Path(model).resolve().name if Path(model).exists() else model
+    """What pictures call a model: its id on the Hub, or the name of its folder, after that of its run if it has one."""
+    folder = Path(model).resolve()
+    if not folder.exists():
+        return model
+    return f"{folder.parent.name}/{folder.name}" if (folder.parent / "metrics.jsonl").exists() else folder.name
 
 
 def load(config: Config) -> tuple[Model, Tokenizer]:
@@ -611,7 +621,9 @@ def get_sequences(model: Model, tokenizer: Tokenizer, config: Config, options: a
     return [(prompt, completion.ids) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-def complete(model: Model, tokenizer: Tokenizer, problems: list[bupo.Problem], config: Config):
+def complete(
+    model: Model, tokenizer: Tokenizer, problems: list[bupo.Problem], config: Config
+) -> tuple[list[list[int]], list[bupo.Completion]]:
     """One sampled completion of each problem: prompts as token ids, `bupo.Completion`s. The same draws at each call."""
     prompts = [bupo.encode(tokenizer, problem, config.thinking) for problem in problems]
     ends, stream = bupo.end_tokens(model, tokenizer), bupo.random_stream(model.device, config.seed, "analysis")
@@ -620,8 +632,11 @@ def complete(model: Model, tokenizer: Tokenizer, problems: list[bupo.Problem], c
 
 
 def read_completions(file: Path, count: int, vocabulary: int) -> Sequences:
-    """The first so many completions of a file such as a run's completions.jsonl, as the token ids that were sampled."""
-    sequences = [(record.get("prompt_ids"), record.get("ids")) for record in read_lines(file)[:count]]
+    """The last so many completions of a file such as a run's completions.jsonl, as the token ids that were sampled."""
+    records = read_lines(file)[-count:]
+    steps = dict.fromkeys(str(record["step"]) for record in records)
+    print(f"Completions {len(records)} of {file}, of training step {', '.join(steps)}")
+    sequences: Sequences = [(record.get("prompt_ids", []), record.get("ids", [])) for record in records]
     for ids in (ids for pair in sequences for ids in pair):
         if not (isinstance(ids, list) and ids and all(type(i) is int for i in ids)):
             raise UsageError(f"{file} lacks prompt_ids or ids, lists of token ids; give a run's completions.jsonl.")
@@ -642,18 +657,28 @@ def profile_models(options: argparse.Namespace) -> tuple[dict, Figure]:
     return dict(models=found), draw_profiles(found)
 
 
-HEADINGS = ("H(pi^l)", "no norm", "H(A^l)", "H(F^l)", "d layer", "d attn", "d FFN", "KL", "top-1", "cos A", "cos F")
-COLUMNS = ("policy", "policy_without_norm", "attention", "ffn", "layer_change", "attention_change", "ffn_change")
-COLUMNS += ("kl", "top1", "attention_cosine", "ffn_cosine")
+COLUMNS = {  # of the table: the heading, and the measure under it
+    "H(pi^l)": "policy",
+    "no norm": "policy_without_norm",
+    "H(A^l)": "attention",
+    "H(F^l)": "ffn",
+    "d layer": "layer_change",
+    "d attn": "attention_change",
+    "d FFN": "ffn_change",
+    "KL": "kl",
+    "top-1": "top1",
+    "cos A": "attention_cosine",
+    "cos F": "ffn_cosine",
+}
 
 
 def say_profile(found: dict) -> None:
     """A table of means, a line per layer, and what to pass to --internal-layer."""
     last, boundary, measures = found["layers"], found["boundary_layer"], found["measures"]
     print(f"\n{found['model']}: means of {found['tokens']:,} tokens; H, its changes d and KL in nats, top-1 as a share")
-    print("layer" + "".join(f"{heading:>8}" for heading in HEADINGS))
+    print("layer" + "".join(f"{heading:>8}" for heading in COLUMNS))
     for layer in range(1, last + 1):
-        cells = [measures[name]["mean"][layer - measures[name]["layer"][0]] for name in COLUMNS]
+        cells = [measures[name]["mean"][layer - measures[name]["layer"][0]] for name in COLUMNS.values()]
         print(f"{layer:5}" + "".join(f"{cell:8.2f}" for cell in cells))
     if not found["explores"]:
         print(f"No layer explores, no FFN entropy change being positive: --internal-layer {last} is plain GRPO.")
@@ -665,17 +690,17 @@ def say_profile(found: dict) -> None:
 
 def curves_of_runs(options: argparse.Namespace) -> tuple[dict, Figure]:
     """The curves of --runs; say the last accuracy of each."""
-    groups = training_curves(options.runs)
-    for group in groups:
-        found = group["curves"]["eval_avg"]
-        for step, mean, error in list(zip(*found.values(), strict=True))[-1:]:
+    settings = training_curves(options.runs)
+    for setting in settings:
+        for step, mean, error in list(zip(*setting["curves"]["eval_avg"].values(), strict=True))[-1:]:
             errors = "" if error is None else f" (standard error {100 * error:.1f})"
-            print(f"{group['label']}: held-out accuracy {100 * mean:.1f} %{errors} at step {step}")
-    return dict(settings=groups), draw_curves(groups)
+            print(f"{setting['label']}: held-out accuracy {100 * mean:.1f} %{errors} at step {step}")
+    return dict(settings=settings), draw_curves(settings)
 
 
 def follow_layer(options: argparse.Namespace) -> tuple[dict, Figure]:
-    found = layer_over_training(options.layers_over_training, options.layer, options)
+    """Follow the layer of --layers-over-training; print a line per checkpoint."""
+    found = layer_over_training(options.layers_over_training, options)
     shown = ("cosine", "kl", "layer_change", "ffn_change", "perplexity")
     print(f"\nLayer {found['layer']} of {found['layers']}; the cosine and KL to the top layer {found['layers']}; nats")
     print(" step" + "".join(f"{name.replace('_', ' '):>14}" for name in shown))
@@ -698,6 +723,7 @@ def speak_from_layers(options: argparse.Namespace) -> None:
         for layer in sorted({*options.sample_layer, last}):
             with bupo.first_layers(model, layer, norm=config.internal_norm == "final" or layer == last):
                 spoken[layer] = complete(model, tokenizer, problems, config)[1]
+        print(f"\n{short_name(name)}")
         for i, problem in enumerate(problems):
             print(f"\n{problem.messages[-1]['content']}  [answer {problem.answer}]")
             for layer, completions in spoken.items():
@@ -726,8 +752,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.problems is not None and options.problems < 1:
         raise UsageError(f"--problems must be a number from 1 on, not {options.problems}.")
-    if options.sample_layer and (options.runs or options.layers_over_training):
-        raise UsageError("--sample-layer goes with --model alone; leave out --runs and --layers-over-training.")
+    given = {name for name, value in vars(options).items() if value is not None}
+    useless = {"runs": given - {"runs", "out"}, "sample_layer": given & {"layers_over_training", "completions", "out"}}
+    for chosen in given & useless.keys():
+        for other in sorted(useless[chosen]):
+            flags = [f"--{name.removeprefix('eval_').replace('_', '-')}" for name in (chosen, other)]
+            raise UsageError(f"{flags[0]} has no use for {flags[1]}; leave out one of them.")
     if options.layer is not None and not options.layers_over_training:
         raise UsageError("--layer goes with --layers-over-training; add it, or give --sample-layer.")
     return options
@@ -738,7 +768,10 @@ def prepare_out(options: argparse.Namespace) -> Path:
     kind = "curves" if options.runs else "over-training" if options.layers_over_training else "layers"
     subjects = options.runs or [options.layers_over_training or ""]
     subjects = subjects if subjects[0] else options.model or ["tiny"]
-    out = Path(options.out or "_".join(Path(short_name(subject)).name for subject in subjects) + f"-{kind}")
+    names = [short_name(subject).replace("/", "-") for subject in subjects]
+    out = Path(options.out or f"{'_'.join(names)}-{kind}")
+    if options.out and (out.is_dir() or options.out.endswith(("/", os.sep))):
+        raise UsageError(f"--out {options.out} is a folder; give a file in it, for FILE.png and FILE.json.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1422,17 +1422,18 @@ def test_analyze_profiles_models_side_by_side(tmp_path, capsys, figures):
     assert_json_has_all(figures[0], tmp_path / "made" / "both.json")
 
 
-def test_analyze_scores_the_token_ids_of_a_file(tmp_path, monkeypatch):
+def test_analyze_scores_the_token_ids_of_a_file(tmp_path, monkeypatch, capsys):
     sequences = random_sequences(PROFILED)
-    lines = [dict(step=0, prompt_ids=prompt, ids=ids, completion="other words") for prompt, ids in sequences]
+    lines = [dict(step=i, prompt_ids=p, ids=ids, completion="other words") for i, (p, ids) in enumerate(sequences)]
     (tmp_path / "completions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     monkeypatch.chdir(tmp_path)
     source = ["--completions", "completions.jsonl", "--problems", "3", "--device", "cpu", "--max-completion", "9"]
     assert analyze.main(["--model", saved_model(tmp_path / "a"), *source]) == 0
     (found,) = json.loads((tmp_path / "a-layers.json").read_text())["models"]
-    ours = analyze.profile(bupo.load_model(str(tmp_path / "a"))[0], sequences[:3])["measures"]
+    ours = analyze.profile(bupo.load_model(str(tmp_path / "a"))[0], sequences[-3:])["measures"]  # the newest
     assert found["measures"]["policy"]["mean"] == pytest.approx(ours["policy"]["mean"], abs=1e-5)
-    assert found["tokens"] == 9
+    assert found["tokens"] == 14
+    assert "Completions 3 of completions.jsonl, of training step 1, 2, 3" in capsys.readouterr().out
 
 
 def fabricated_run(folder, seed=0, steps=4, metrics=True, **changes):
@@ -1441,7 +1442,7 @@ def fabricated_run(folder, seed=0, steps=4, metrics=True, **changes):
     (folder / "config.json").write_text(json.dumps({**config, "internal_norm": "final", **changes}))
     lines = [dict(step=0, eval_avg=0.25, eval_se=0.05, eval_k=4)]
     for step in range(1, steps + 1):
-        layer = 3 if step <= 2 else 6
+        layer = 3 if step <= changes.get("internal_steps", 2) else 6
         lines.append(dict(step=step, layer=layer, reward=0.1 * step + 0.2 * seed, entropy=1.0, layer_entropy=2.0))
         lines[-1]["completion_tokens"] = 10.0 * step
     if metrics:
@@ -1484,10 +1485,39 @@ def test_analyze_follows_a_layer_through_checkpoints(tmp_path, figures):
     assert_json_has_all(figures[0], tmp_path / "over.json")
 
 
+def test_analyze_calls_a_checkpoint_by_its_run_too(tmp_path, monkeypatch):
+    run = Path(fabricated_run(tmp_path / "run"))
+    (run / "checkpoint-2").mkdir()
+    monkeypatch.chdir(run)
+    assert analyze.short_name("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
+    assert [analyze.short_name(name) for name in (".", "checkpoint-2", str(run))] == ["run", "run/checkpoint-2", "run"]
+    options = analyze.parse(["--model", "checkpoint-2", "."])
+    assert analyze.prepare_out(options) == Path("run-checkpoint-2_run-layers")
+
+
+def test_analyze_counts_layers_from_1_and_names_models_in_full(monkeypatch):
+    model, name = small_model(), "somebody/" + "a-model-with-a-name-" * 4
+    found = dict(model=name, **analyze.profile(model, random_sequences(PROFILED)))
+    figure = analyze.draw_profiles([found, found])
+    figure.canvas.draw()
+    for axis in figure.axes:
+        left, ticks = axis.get_xlim()[0], axis.get_xticks()
+        assert 0 < left < 1 == ticks[0]
+        assert ticks[-1] <= 4
+        words = [text for text in (axis.title, axis._left_title, axis.xaxis.label) if text.get_text()]
+        assert all(figure.bbox.containsx(x) for text in words for x in text.get_window_extent().intervalx)
+    titles = [part._suptitle for part in figure.subfigs]
+    assert all(title.get_text().replace("\n", "").startswith(name) for title in titles)
+    boxes = [title.get_window_extent() for title in titles]
+    assert figure.bbox.x0 <= boxes[0].x0 < boxes[0].x1 < boxes[1].x0 < boxes[1].x1 <= figure.bbox.x1
+    analyze.plt.close(figure)
+
+
 def test_analyze_samples_from_internal_policies(tmp_path, capsys):
     flags = ["--dataset", "arithmetic", "--problems", "2", "--max-completion", "6", "--device", "cpu"]
     assert analyze.main(["--model", saved_model(tmp_path / "a"), "--sample-layer", "1", "3", *flags]) == 0
     said = capsys.readouterr().out
+    assert said.startswith("\na\n")  # whose layers they are
     for who in ("layer 1: ", "layer 3: ", "layer 4, the policy itself: "):
         assert said.count(who) == 2
     model, tokenizer = bupo.load_model(str(tmp_path / "a"))
@@ -1518,7 +1548,15 @@ def test_analyze_samples_from_internal_policies(tmp_path, capsys):
         (["--problems", "0"], "--problems must be"),
         (["--layer", "2"], "--layers-over-training"),
         (["--layers-over-training", "empty"], "keeps no checkpoints"),
-        (["--runs", "empty", "--sample-layer", "1"], "--sample-layer goes with --model alone"),
+        (["--layers-over-training", "run"], "optimised no internal layer; name one from 1 to 3"),
+        (["--layers-over-training", "run", "--layer", "0"], "no internal layer 0; name one from 1 to 3"),
+        (["--layers-over-training", "run", "--layer", "4"], "no internal layer 4; name one from 1 to 3"),
+        (["--runs", "run", "--sample-layer", "1"], "--runs has no use for --sample-layer"),
+        (["--runs", "run", "--dataset", "x"], "--runs has no use for --dataset"),
+        (["--runs", "run", "run/../run"], "of one setting and one seed"),
+        (["--model", "a", "--sample-layer", "1", "--out", "x"], "--sample-layer has no use for --out"),
+        (["--model", "a", "--out", "."], "--out . is a folder"),
+        (["--model", "a", "--out", "new/"], "--out new/ is a folder"),
     ],
 )
 def test_analyze_says_in_one_sentence_what_is_wrong(arguments, sentence, tmp_path, monkeypatch, capsys):
@@ -1529,6 +1567,10 @@ def test_analyze_says_in_one_sentence_what_is_wrong(arguments, sentence, tmp_pat
         saved_model(tmp_path / "gemma", "Gemma2")
     if "empty" in arguments:
         fabricated_run(tmp_path / "empty", metrics=False)
+    if "run" in arguments:  # of plain GRPO, with a checkpoint
+        start = saved_model(tmp_path / "start")
+        fabricated_run(tmp_path / "run", model=start, internal_steps=0, device="cpu", max_completion=6)
+        saved_model(tmp_path / "run" / "checkpoint-4")
     (tmp_path / "text.jsonl").write_text('{"step": 0, "completion": "1+1"}\n')
     (tmp_path / "large.jsonl").write_text('{"step": 0, "prompt_ids": [1], "ids": [2, 1000]}\n')
     (tmp_path / "not.jsonl").write_text("1+1\n")
