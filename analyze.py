@@ -454,9 +454,11 @@ def draw_profiles(found: list[dict]) -> Figure:
     single = len(found) == 1
     figure = plt.figure(figsize=(7.2, 6.2) if single else (3.5 * len(found), 11.0))
     parts, columns = figure.subfigures(1, len(found), squeeze=False)[0], []
-    for model, part in zip(found, parts, strict=True):
-        name, tokens = model["model"], f"{model['completions']} completions, {model['tokens']:,} tokens"
-        part.suptitle(f"{name}: {tokens}" if single else f"{fill(name, 42)}:\n{tokens}")
+    names = [model["model"] if single else fill(model["model"], 42) for model in found]
+    rows = max(name.count("\n") for name in names)
+    for model, name, part in zip(found, names, parts, strict=True):
+        space = " " if single else "\n" * (1 + rows - name.count("\n"))  # one height, so that the panels are level
+        part.suptitle(f"{name}:{space}{model['completions']} completions, {model['tokens']:,} tokens")
         columns.append(list(part.subplots(*((2, 2) if single else (4, 1))).flat))
         draw_profile(model, columns[-1])
     for row in zip(*columns, strict=True):  # one scale for all models
