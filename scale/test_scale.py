@@ -144,12 +144,12 @@ def test_losses_and_gradients_are_those_of_bupo(tmp_path, monkeypatch, norm, int
     [
         ("--internal-layer 3 --micro-batch 7", "--micro-batch 7 times the number of processes, 1, must divide"),
         ("--internal-layer auto", "--internal-layer must be a number here"),
-        ("--internal-layer 3 --resume", "There is no checkpoint in"),
+        ("--internal-layer 3 --resume {out}", "There is no checkpoint in"),
         ("--internal-layer 9 --dataset arithmetic", "--internal-layer must be 1 to 6"),
     ],
 )
 def test_bad_input_is_told_in_a_sentence(tmp_path, capsys, flags, sentence):
-    assert trl_bupo.main(["--model", "tiny", "--out", str(tmp_path / "run"), *flags.split()]) == 2
+    assert trl_bupo.main(["--model", "tiny", "--out", str(tmp_path / "run"), *flags.format(out=tmp_path).split()]) == 2
     said = capsys.readouterr().err
     assert sentence in said
     assert said.count("\n") == 1

@@ -137,13 +137,15 @@ def trainer_config(config: Config, size: int, processes: int, vllm: str = "off")
     )
 
 
-def train(config: Config, size: int, vllm: str, resume: bool) -> None:
+def train(config: Config, size: int, vllm: str, resume: str | None) -> None:
     """Train as `config` says; --out then holds TRL's checkpoints, trainer_state.json (the log) and model/."""
     processes, out = int(os.environ.get("WORLD_SIZE", 1)), Path(config.out)
     micro_batches(config, size, processes)  # before anything slow
-    bupo.run_folder(config, resume)
+    if not config.out:
+        raise UsageError("Name a new or empty folder with --out.")
+    bupo.run_folder(config, bool(resume))
     if resume and not bupo.checkpoints(out):
-        raise UsageError(f"There is no checkpoint in {out}; start without --resume, in a new folder.")
+        raise UsageError(f"There is no checkpoint in {out}; start anew with --out.")
     model, tokenizer = bupo.load_model(config.model)  # before TrainingArguments, under which ZeRO-3 would load parts
     bupo.check_against_model(config, model, tokenizer)
     problems = bupo.usable_problems(config.dataset, config.train_problems, tokenizer, config)
@@ -158,7 +160,7 @@ def train(config: Config, size: int, vllm: str, resume: bool) -> None:
     trainer = BuPOTrainer(model, reward, args, Dataset.from_list(rows), processing_class=tokenizer)
     if trainer.is_world_process_zero():
         bupo.prepare_folder(out, config, {})
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=bool(resume))
     trainer.save_state()
     trainer.save_model(str(out / "model"))
     trainer.accelerator.end_training()  # the processes part in good order
@@ -174,13 +176,14 @@ def main(arguments: list[str] | None = None) -> int:
     for f in (f for f in fields(Config) if f.name not in NOT_HERE.split()):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="")
         text = f"{f.metadata['help']} [{f.metadata['other']}]".replace("%", "%%")
-        default = dict(required=True) if f.name in ("model", "out") else dict(default=argparse.SUPPRESS)
+        default = dict(required=True) if f.name == "model" else dict(default=argparse.SUPPRESS)
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **default, **kind)
     parser.add_argument("--micro-batch", metavar="", type=int, default=8, help="sequences per process and pass [8]")
     parser.add_argument("--vllm", choices=("off", "colocate", "server"), default="off", help="vLLM's rollouts [off]")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, same flags")
+    parser.add_argument("--resume", metavar="", help="folder of a run to go on with; give its other flags again")
     given = vars(parser.parse_args(arguments))
     own = [given.pop(name) for name in ("micro_batch", "vllm", "resume")]
+    given |= dict(out=own[-1]) if own[-1] else {}
     with contextlib.ExitStack() as quiet:
         if os.environ.get("RANK", "0") != "0":  # one process speaks for all
             quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
