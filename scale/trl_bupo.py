@@ -184,14 +184,16 @@ def main(arguments: list[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     own = [given.pop(name) for name in ("micro_batch", "vllm", "resume")]
     given |= dict(out=own[-1]) if own[-1] else {}
-    with contextlib.ExitStack() as quiet:
-        if os.environ.get("RANK", "0") != "0":  # one process speaks for all
-            quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
-        try:
+    try:
+        if os.environ.get("RANK", "0") == "0":
             train(Config(**given), *own)
-        except UsageError as error:
+        else:  # one process speaks for all
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                train(Config(**given), *own)
+    except UsageError as error:
+        if os.environ.get("RANK", "0") == "0":
             print(f"trl_bupo.py: {error}", file=sys.stderr)
-            return 2
+        return 2
     return 0
 
 
