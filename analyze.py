@@ -3,6 +3,7 @@ r"""See the internal policies: the pictures of BuPO (arXiv 2512.19673) for any L
     python analyze.py                                        the built-in model: its layers' policies, one figure
     python analyze.py --model Qwen/Qwen3-4B runs/x           several models side by side
     python analyze.py --runs runs/a runs/b                   training curves of runs of bupo.py
+    python analyze.py --overview runs/x                      a run at a glance: entropy flow, phase switch, reward
     python analyze.py --layers-over-training runs/x          how the optimised layer moves, checkpoint by checkpoint
     python analyze.py --sample-layer 3 5 6                   what the policies of layers 3, 5 and 6 say
 
@@ -313,6 +314,28 @@ def layer_over_training(folder: str, options: argparse.Namespace) -> dict:
     return dict(facts, completions=len(sequences), tokens=tokens, points=points)
 
 
+def run_at_a_glance(folder: str, options: argparse.Namespace) -> dict:
+    """The entropy flow of a run at its start, at the end of phase 1 and at its last checkpoint; and its curves.
+
+    H(pi^l) of every layer, on the same token ids each time: completions of the model that the run started from.
+    """
+    settings = run_config(folder)
+    config = config_for(settings["model"], options, settings)
+    steps = [int(source.name.rpartition("-")[2]) for source in bupo.checkpoints(Path(folder))]
+    if settings["internal_steps"] not in steps[:-1]:
+        keep = f"--keep 0, and a --save-every that divides its {settings['internal_steps']} steps of phase 1"
+        raise UsageError(f"{folder} keeps no checkpoint of the end of phase 1; run bupo.py with {keep}.")
+    (curves,) = training_curves([folder])
+    model, tokenizer = load(config)
+    sequences = get_sequences(model, tokenizer, config, options)
+    points = []
+    for step in (0, settings["internal_steps"], steps[-1]):
+        if step:
+            model, _ = bupo.load_model(str(Path(folder, f"checkpoint-{step}")), model.device)
+        points.append(dict(step=step, **profile(model, sequences, config.micro_tokens, config.head_tokens)))
+    return dict(run=short_name(folder), curves=curves, points=points)
+
+
 # 3 Curves =============================================================================================================
 
 CURVES = ("reward", "eval_avg", "entropy", "layer_entropy", "completion_tokens")
@@ -580,6 +603,24 @@ def draw_over_training(found: dict) -> Figure:
     return figure
 
 
+def draw_overview(found: dict) -> Figure:
+    """Left: the entropy of every layer's policy at three moments of a run. Right: reward and accuracy, with phase 1."""
+    figure, (flow, reward) = plt.subplots(1, 2, figsize=(7.2, 3.0))
+    names = ("before RL", "after phase 1", "at the end")
+    for style, (name, point, dash) in enumerate(zip(names, found["points"], (":", "--", "-"), strict=True)):
+        line(flow, point["measures"]["policy"], f"{name}, step {point['step']}", style, dash)
+    setting = found["curves"]
+    layer, last, curves = setting["internal_layers"][0], found["points"][0]["layers"], setting["curves"]
+    flow.axvline(layer, color="black", linewidth=0.8, linestyle="--")
+    flow.text(layer, 0.98, f" l = {layer}", transform=flow.get_xaxis_transform(), va="top")
+    shade_phase_1(reward, [setting["internal_steps"]])
+    line(reward, curves["reward"], "reward in training", 0)
+    line(reward, curves["eval_avg"], f"held-out accuracy, avg@{setting['eval_k']}", 1)
+    finish(flow, "Entropy of each layer's policy", f"layer l of {last} (0: embeddings)", "entropy (nats)", rows=3)
+    finish(reward, rf"Phase 1: $\pi^{{{layer}}}$, then $\pi$", "training step", "share of right answers", rows=2)
+    return figure
+
+
 # 5 Command line =======================================================================================================
 
 OF_CONFIG = (  # flags that mean what they mean in bupo.py
@@ -711,6 +752,14 @@ def follow_layer(options: argparse.Namespace) -> tuple[dict, Figure]:
     return found, draw_over_training(found)
 
 
+def overview(options: argparse.Namespace) -> tuple[dict, Figure]:
+    """A run at a glance: print the entropies of the layers' policies at the three moments."""
+    found = run_at_a_glance(options.overview, options)
+    for point in found["points"]:
+        print(f"step {point['step']:4}: " + " ".join(f"{h:.2f}" for h in point["measures"]["policy"]["mean"]) + " nats")
+    return found, draw_overview(found)
+
+
 def speak_from_layers(options: argparse.Namespace) -> None:
     """Print completions drawn from pi^l for each l of --sample-layer, and from pi, for a few problems."""
     for name in options.model or ["tiny"]:
@@ -741,6 +790,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     mode.add_argument(
         "--layers-over-training", metavar="RUN", help="follow a layer through a run's checkpoints instead"
     )
+    mode.add_argument("--overview", metavar="RUN", help="show a run at a glance instead: entropy flow and phase switch")
     add("--layer", type=int, help="the layer to follow; default: the one that the run optimised")
     add("--sample-layer", type=int, nargs="+", help="only print completions drawn from these layers' policies")
     add("--dataset", dest="eval_dataset", help="problems to complete; default: as --eval-dataset of bupo.py")
@@ -755,7 +805,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.problems is not None and options.problems < 1:
         raise UsageError(f"--problems must be a number from 1 on, not {options.problems}.")
     given = {name for name, value in vars(options).items() if value is not None}
-    useless = {"runs": given - {"runs", "out"}, "sample_layer": given & {"layers_over_training", "completions", "out"}}
+    of_runs = {"layers_over_training", "overview"}
+    useless = {"runs": given - {"runs", "out"}, "sample_layer": given & {*of_runs, "completions", "out"}}
     for chosen in given & useless.keys():
         for other in sorted(useless[chosen]):
             flags = [f"--{name.removeprefix('eval_').replace('_', '-')}" for name in (chosen, other)]
@@ -767,9 +818,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def prepare_out(options: argparse.Namespace) -> Path:
     """FILE without its ending, in a folder that is there: better to fail before the work than after it."""
-    kind = "curves" if options.runs else "over-training" if options.layers_over_training else "layers"
-    subjects = options.runs or [options.layers_over_training or ""]
-    subjects = subjects if subjects[0] else options.model or ["tiny"]
+    subjects, kind = options.model or ["tiny"], "layers"
+    if options.runs:
+        subjects, kind = options.runs, "curves"
+    elif options.layers_over_training or options.overview:
+        kind = "overview" if options.overview else "over-training"
+        subjects = [options.overview or options.layers_over_training]
     names = [short_name(subject).replace("/", "-") for subject in subjects]
     out = Path(options.out or f"{'_'.join(names)}-{kind}")
     if options.out and (out.is_dir() or options.out.endswith(("/", os.sep))):
@@ -802,7 +856,13 @@ def main(arguments: list[str] | None = None) -> int:
             speak_from_layers(options)
             return 0
         out = prepare_out(options)
-        draw = curves_of_runs if options.runs else follow_layer if options.layers_over_training else profile_models
+        draw = profile_models
+        if options.runs:
+            draw = curves_of_runs
+        elif options.overview:
+            draw = overview
+        elif options.layers_over_training:
+            draw = follow_layer
         write(out, *draw(options))
     except UsageError as error:
         print(f"analyze.py: {error}", file=sys.stderr)

@@ -1513,6 +1513,21 @@ def test_analyze_counts_layers_from_1_and_names_models_in_full(monkeypatch):
     analyze.plt.close(figure)
 
 
+def test_analyze_shows_a_run_at_a_glance(tmp_path, figures):
+    start = saved_model(tmp_path / "start")
+    run = fabricated_run(tmp_path / "run", model=start, eval_dataset="arithmetic", device="cpu", max_completion=5)
+    for step in (2, 4):  # the first is the start itself, the second another model
+        saved_model(tmp_path / "run" / f"checkpoint-{step}", rms_norm_eps=1e-6 if step == 2 else 0.5)
+    assert analyze.main(["--overview", run, "--problems", "3", "--out", str(tmp_path / "glance")]) == 0
+    found = json.loads((tmp_path / "glance.json").read_text())
+    flows = [point["measures"]["policy"]["mean"] for point in found["points"]]
+    assert [point["step"] for point in found["points"]] == [0, 2, 4]
+    assert len(flows[0]) == 5
+    assert flows[0] == flows[1] != flows[2]
+    assert found["curves"]["curves"]["reward"]["mean"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert_json_has_all(figures[0], tmp_path / "glance.json")
+
+
 def test_analyze_samples_from_internal_policies(tmp_path, capsys):
     flags = ["--dataset", "arithmetic", "--problems", "2", "--max-completion", "6", "--device", "cpu"]
     assert analyze.main(["--model", saved_model(tmp_path / "a"), "--sample-layer", "1", "3", *flags]) == 0
@@ -1548,6 +1563,7 @@ def test_analyze_samples_from_internal_policies(tmp_path, capsys):
         (["--problems", "0"], "--problems must be"),
         (["--layer", "2"], "--layers-over-training"),
         (["--layers-over-training", "empty"], "keeps no checkpoints"),
+        (["--overview", "empty"], "keeps no checkpoint of the end of phase 1"),
         (["--layers-over-training", "run"], "optimised no internal layer; name one from 1 to 3"),
         (["--layers-over-training", "run", "--layer", "0"], "no internal layer 0; name one from 1 to 3"),
         (["--layers-over-training", "run", "--layer", "4"], "no internal layer 4; name one from 1 to 3"),
