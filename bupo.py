@@ -1215,7 +1215,7 @@ def find_boundary(model: Model, sequences: Sequences, config: Config) -> int:
 
 @torch.no_grad()
 def sampling_error(model: Model, sequences: Sequences, completions: list[Completion], config: Config) -> float:
-    """Mean difference in nats between log pi of a token as sampled and as scored: rounding, or a bug. (8 completions)"""
+    """Mean difference in nats between log pi of a token as sampled and as scored: rounding, or a bug. 8 completions."""
     numbers, errors = range(0, len(sequences), max(1, len(sequences) // 8)), []
     for micro in micro_batches(sequences, config.micro_tokens, numbers):
         batch = pad([sequences[i] for i in micro], model.device)  # (B, T) each
