@@ -475,8 +475,9 @@ def load_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> 
         if run and not Path(source).exists():
             raise UsageError(f"The run {name} has no model/; finish it with --resume, or name one of its checkpoints.")
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            settings = dict(dtype=torch.float32, use_safetensors=True)
+            no_code = dict(trust_remote_code=False)  # the default is to ask, and a yes runs it
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **no_code)
+            settings = dict(dtype=torch.float32, use_safetensors=True, **no_code)
             model = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
         except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
             known = (

@@ -972,6 +972,20 @@ def test_pickled_weights_are_refused(finished, tmp_path, capsys):
     assert "cannot be loaded" in capsys.readouterr().err
 
 
+def test_code_of_a_checkpoint_is_never_run_and_no_one_is_asked(finished, tmp_path, monkeypatch, capsys):
+    run = copied(finished / "model", tmp_path / "code")
+    own = dict(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    (run / "config.json").write_text(json.dumps({**json.loads((run / "config.json").read_text()), **own}))
+    code = "from transformers import Qwen3Config as Config, Qwen3ForCausalLM as Model"
+    (run / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{code}\n")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+    assert bupo.main(flags(model=run, steps=0, out=tmp_path / "new")) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert not asked
+    assert not (tmp_path / "ran").exists()
+
+
 def test_running_out_of_gpu_memory_names_the_three_flags(monkeypatch, capsys):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
