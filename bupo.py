@@ -1072,7 +1072,8 @@ def train(config: Config, resume: bool = False) -> Path:
                 evaluate_run(run)
     except KeyboardInterrupt:
         if run.whole and config.steps:
-            save_checkpoint(run)
+            with finish_first():  # an impatient second Ctrl-C must not lose the checkpoint
+                save_checkpoint(run)
         raise
     finally:
         bar.close()

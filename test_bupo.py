@@ -928,6 +928,22 @@ def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(guess
     assert sorted(path.name for path in out.glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-5"]  # the last two
 
 
+def test_a_second_ctrl_c_does_not_lose_the_checkpoint_of_the_first(tmp_path, monkeypatch):
+    def interrupted(run):
+        if run.done:
+            raise KeyboardInterrupt
+
+    def interrupt_and_save(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        save_model(*arguments)
+
+    save_model = bupo.save_model
+    monkeypatch.setattr(bupo, "evaluate_run", interrupted)
+    monkeypatch.setattr(bupo, "save_model", interrupt_and_save)
+    assert bupo.main(flags(out=tmp_path / "a", steps=3, eval_every=1, save_every=9, **SHORT)) == 130
+    assert (tmp_path / "a" / "checkpoint-1" / "training.pt").exists()
+
+
 def copied(run: Path, to: Path) -> Path:
     return shutil.copytree(run, to)
 
