@@ -753,6 +753,14 @@ def test_llama_like_models_are_accepted(family):
     bupo.check_model(small_model(family))
 
 
+def test_letters_that_the_terminal_lacks_do_not_end_a_run(tmp_path):
+    file = write_rows(tmp_path / "x.jsonl", [{"question": "\u03c0?", "answer": "\u03c0"}])
+    arguments = flags(**{**SHORT, **dict(dataset=file, eval_dataset=file, steps=1, out=tmp_path / "a")})
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, bupo.__file__, *arguments], env=ascii_only, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_prompts_without_chat_template_or_system_role():
     _, tokenizer = bupo.load_model("tiny")
     problem = bupo.Problem([{"role": "system", "content": "S"}, {"role": "user", "content": "1+1"}], "2")
