@@ -1246,6 +1246,8 @@ def set_up(config: Config, resume: bool) -> Run:
     run = Run(*parts, end_tokens(model, tokenizer), num_layers, layer)
     if start:
         load_training_state(start, run)
+        if config.steps < run.done:
+            raise UsageError(f"--steps {config.steps} is less than the {run.done} that {start} has done; raise it.")
         print(f"Resumed     after step {run.done}, from {start}")
     prepare_folder(out, config, run.log_sizes)
     if config.model == "tiny" and not start:

@@ -1133,6 +1133,15 @@ def test_a_missing_math_verify_is_said_not_scored_0(monkeypatch):
         bupo.AnswerChecker()("1", "2")
 
 
+def test_fewer_steps_than_are_done_are_refused_when_resuming(finished, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    for steps in (0, 1):
+        assert bupo.main(flags(resume=finished, steps=steps)) == 2
+        assert f"--steps {steps} is less than the 2 that" in capsys.readouterr().err
+    assert (finished / "metrics.jsonl").read_text() == before
+    assert json.loads((finished / "config.json").read_text())["steps"] == 2
+
+
 def test_a_changed_setting_is_refused_by_name_when_resuming(finished, capsys):
     assert bupo.main(flags(resume=finished, lr=1.0)) == 2
     assert "--lr cannot change in a resumed run, only --steps" in capsys.readouterr().err
