@@ -477,8 +477,8 @@ def load_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> 
         try:
             no_code = dict(trust_remote_code=False)  # the default is to ask, and a yes runs it
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **no_code)
-            settings = dict(dtype=torch.float32, use_safetensors=True, **no_code)
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
+            settings = dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True, **no_code)
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
         except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
             known = (
                 "it is no folder with a model in the Hugging Face layout" if Path(name).exists() else first_line(error)
@@ -486,6 +486,10 @@ def load_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> 
             raise UsageError(
                 f"The model {name} cannot be loaded ({known}); check the name and the connection."
             ) from error
+        if missing := sorted(found["missing_keys"]):  # transformers would train random numbers in their place
+            raise UsageError(
+                f"The model {name} lacks {len(missing)} of its weights, such as {missing[0]}; get it anew."
+            )
         generation = model.generation_config
         if generation.temperature or generation.top_k or generation.top_p:
             generation.do_sample = True  # without it, transformers refuses to save such settings with the trained model

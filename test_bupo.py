@@ -25,6 +25,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import given, settings, strategies
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import analyze
@@ -994,6 +995,15 @@ def test_pickled_weights_are_refused(finished, tmp_path, capsys):
     (run / "model.safetensors").unlink()
     assert bupo.main(flags(model=run, steps=0, out=tmp_path / "new")) == 2
     assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_a_model_that_lacks_a_weight_is_refused(finished, tmp_path, capsys):
+    run = copied(finished / "model", tmp_path / "lacks")
+    weights = load_file(run / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, run / "model.safetensors", metadata={"format": "pt"})
+    assert bupo.main(flags(model=run, steps=0, out=tmp_path / "new")) == 2
+    assert "lacks 1 of its weights, such as model.layers.2.mlp.up_proj.weight" in capsys.readouterr().err
 
 
 def test_code_of_a_checkpoint_is_never_run_and_no_one_is_asked(finished, tmp_path, monkeypatch, capsys):
