@@ -242,7 +242,7 @@ def read_rows(source: str) -> Any:
 def as_messages(question: Any, system: str) -> list[dict]:
     """A question, text or chat messages, as chat messages, the system message first; [] where there is no question."""
     if isinstance(question, list):
-        said = [m for m in question if isinstance(m, dict) and m.get("role") and m.get("content")]
+        said = [m for m in question if isinstance(m, dict) and m.get("role") and isinstance(m.get("content"), str)]
         messages = [dict(role=m["role"], content=m["content"]) for m in said]
     else:
         text = "" if question is None else str(question).strip()

@@ -683,6 +683,11 @@ def test_rows_without_question_or_answer_are_dropped_and_counted(tmp_path, capsy
     rows = [{"question": q, "answer": a} for q, a in (("a", "1"), (None, "2"), ("c", None), (" ", "4"), ("e", "5"))]
     assert [p.answer for p in bupo.load_problems(write_rows(tmp_path / "x.jsonl", rows))] == ["1", "5"]
     assert "question: question, answer: answer; 3 rows lack one" in capsys.readouterr().out
+    parts = [
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"}
+    ]  # nothing a text model reads
+    with pytest.raises(bupo.UsageError, match="no row with both"):
+        bupo.load_problems(write_rows(tmp_path / "parts.jsonl", parts))
 
 
 def test_one_row_and_duplicate_rows_are_enough_to_train_on(tmp_path):
