@@ -54,6 +54,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import jinja2  # of chat templates, as transformers reads them
 import safetensors
 import torch
 import torch.nn.functional as F
@@ -1360,7 +1361,13 @@ def check_against_model(config: Config, model: Model, tokenizer: Tokenizer) -> N
 def usable_problems(source: str, limit: int, tokenizer: Tokenizer, config: Config) -> list[Problem]:
     """The problems whose prompts have at most --max-prompt tokens; the others are counted, not cut."""
     problems = load_problems(source, limit or None, config.system)
-    fitting = [p for p in problems if len(encode(tokenizer, p, config.thinking)) <= config.max_prompt]
+    try:
+        fitting = [p for p in problems if len(encode(tokenizer, p, config.thinking)) <= config.max_prompt]
+    except jinja2.TemplateError as error:
+        mend = 'give other messages, or no system message with --system ""'
+        raise UsageError(
+            f"The chat template of {config.model} refuses {source} ({first_line(error)}); {mend}."
+        ) from error
     if not fitting:
         raise UsageError(f"All prompts of {source} have more than {config.max_prompt} tokens; raise --max-prompt.")
     if len(fitting) < len(problems):

@@ -759,6 +759,17 @@ def test_llama_like_models_are_accepted(family):
     bupo.check_model(small_model(family))
 
 
+def test_a_chat_template_that_refuses_the_problems_says_so(finished, tmp_path, capsys):
+    model = copied(finished / "model", tmp_path / "m")
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}{{ messages[0].content }}"
+    (model / "chat_template.jinja").write_text(refuses)
+    file = write_rows(tmp_path / "x.jsonl", [{"question": "1+1", "answer": 2}])
+    arguments = dict(model=model, steps=0, eval_dataset=file, max_prompt=99, max_completion=4, eval_k=1)
+    assert bupo.main(flags(out=tmp_path / "a", **arguments)) == 2
+    assert "(No system role); give other messages" in capsys.readouterr().err
+    assert bupo.main(flags(out=tmp_path / "a", system="", **arguments)) == 0
+
+
 def test_letters_that_the_terminal_lacks_do_not_end_a_run(tmp_path):
     file = write_rows(tmp_path / "x.jsonl", [{"question": "\u03c0?", "answer": "\u03c0"}])
     arguments = flags(**{**SHORT, **dict(dataset=file, eval_dataset=file, steps=1, out=tmp_path / "a")})
