@@ -339,6 +339,20 @@ def test_a_gradient_that_is_not_finite_skips_the_update():
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize(
+    "change", [dict(temperature=0.5), dict(internal_norm="none"), dict(clip=1e-6), dict(grad_clip=1e-3)]
+)
+def test_every_setting_reaches_the_update(change):
+    ends = []
+    for changes in ({}, change):
+        model = small_model()
+        bupo.update(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), ROLLOUT, ADVANTAGES, 2, update_settings(**changes)
+        )
+        ends.append(model.model.layers[1].mlp.up_proj.weight)
+    assert not torch.allclose(*ends, rtol=1e-4, atol=1e-6)
+
+
 def test_bfloat16_compute_moves_float32_masters_at_the_papers_learning_rate():
     """bfloat16 weights would stay where they are at 1e-6; the copy for rollouts follows the masters."""
     model = small_model(initializer_range=0.02, tie_word_embeddings=True)
@@ -911,6 +925,85 @@ def test_a_resumed_run_repeats_an_undisturbed_one_bit_for_bit(guessing, tmp_path
     same_run(tmp_path / "a", tmp_path / "b")
 
 
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_phase_1_of_a_run_leaves_the_upper_blocks_alone(guessing, tmp_path):
+    assert bupo.main(flags(out=tmp_path / "a", steps=1, **guessing)) == 0
+    before, after = weights_of(guessing["model"] / "model"), weights_of(tmp_path / "a" / "model")
+    for name in before:  # layer 3 of 6
+        above = name.startswith(tuple(f"model.layers.{i}." for i in (3, 4, 5)))
+        assert torch.equal(before[name], after[name]) == above, name
+
+
+def test_the_bfloat16_copy_follows_the_float32_masters_through_a_run(guessing, tmp_path):
+    out = tmp_path / "a"
+    assert bupo.main(flags(out=out, steps=2, lr=1e-2, precision="bfloat16", **guessing)) == 0
+    start, masters, copy = (weights_of(f) for f in (guessing["model"] / "model", out / "checkpoint-2", out / "model"))
+    for name in copy:
+        assert masters[name].dtype == torch.float32
+        assert torch.equal(copy[name], masters[name].bfloat16())
+    assert not torch.equal(copy["model.embed_tokens.weight"], start["model.embed_tokens.weight"].bfloat16())
+    model, _ = bupo.load_model(str(out))  # saved in bfloat16, which would not move at 1e-6
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_rollouts_and_updates_share_the_temperature(guessing, tmp_path):
+    changes = dict(temperature=0.5, internal_steps=0)
+    assert bupo.main(flags(out=tmp_path / "a", steps=1, **{**guessing, **changes})) == 0
+    (step,) = (line for line in lines(tmp_path / "a" / "metrics.jsonl") if "layer" in line)
+    assert step["layer_entropy"] == pytest.approx(step["entropy"], abs=1e-4)  # of what was sampled and what is scored
+    assert step["first_ratio_error"] < 1e-4
+
+
+def test_adamw_gets_its_settings_and_the_ramp(guessing, tmp_path, monkeypatch):
+    made, rates = [], []
+
+    class Spy(torch.optim.AdamW):
+        def __init__(self, *arguments, **settings):
+            made.append(settings)
+            super().__init__(*arguments, **settings)
+
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    adam = dict(beta1=0.5, beta2=0.6, weight_decay=0.07, lr=1e-3, lr_ramp=2)
+    assert bupo.main(flags(out=tmp_path / "a", steps=3, **adam, **guessing)) == 0
+    assert [(s["betas"], s["weight_decay"]) for s in made] == [((0.5, 0.6), 0.07)]
+    assert list(dict.fromkeys(rates)) == pytest.approx([5e-4, 1e-3])
+
+
+def test_every_problem_comes_once_in_each_turn():
+    turns = [bupo.problems_of_step(step, 8, 8, 0) for step in (1, 2, 3)]
+    assert all(sorted(turn) == list(range(8)) for turn in turns)
+    assert turns[0] != turns[1] != turns[2]
+    assert bupo.problems_of_step(1, 3, 8, 0) == [bupo.problems_of_step(step, 3, 1, 0)[0] for step in range(1, 9)]
+
+
+def test_long_prompts_are_dropped_and_counted(tmp_path, capsys):
+    rows = [{"question": "1" * n, "answer": 1} for n in (3, 60, 9, 61)]
+    arguments = bupo.Config(max_prompt=20)
+    problems = bupo.usable_problems(write_rows(tmp_path / "x.jsonl", rows), 0, bupo.load_model("tiny")[1], arguments)
+    assert [len(p.messages[-1]["content"]) for p in problems] == [3, 9]
+    assert "2 dropped, of more than 20 tokens" in capsys.readouterr().out
+
+
+def test_a_model_loses_its_dropout(tmp_path):
+    model, _ = bupo.load_model(saved_model(tmp_path / "a", attention_dropout=0.5))
+    assert {m.attention_dropout for m in model.modules() if hasattr(m, "attention_dropout")} == {0.0}
+
+
+def test_recomputation_is_switched_on_by_its_flag(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(bupo, "recompute_activations", lambda model: seen.append(model))
+    for flag, times in (("--no-recompute", 0), ("--recompute", 1)):
+        assert bupo.main([*flags(out=tmp_path / flag, steps=1, **SHORT), flag]) == 0
+        assert len(seen) == times
+
+
 @pytest.fixture(scope="module")
 def undisturbed(guessing, tmp_path_factory) -> Path:
     """A finished run of five steps with a checkpoint after each, to compare disturbed ones with."""
@@ -973,6 +1066,16 @@ def copied(run: Path, to: Path) -> Path:
     return shutil.copytree(run, to)
 
 
+class Hostile:
+    """What a pickle can do to those who trust it: here, make a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
 def test_damaged_and_foreign_checkpoints_are_named(undisturbed, tmp_path, capsys):
     run = copied(undisturbed, tmp_path / "cut")
     for name in ("training.pt", "model.safetensors"):
@@ -987,6 +1090,9 @@ def test_damaged_and_foreign_checkpoints_are_named(undisturbed, tmp_path, capsys
     torch.save({"optimizer": {"state": {}, "param_groups": []}}, run / "checkpoint-5" / "training.pt")
     assert bupo.main(flags(resume=run)) == 2
     assert "damaged or of another model" in capsys.readouterr().err
+    torch.save(Hostile(tmp_path / "ran"), run / "checkpoint-5" / "training.pt")
+    assert bupo.main(flags(resume=run)) == 2
+    assert not (tmp_path / "ran").exists()
     shutil.rmtree(run / "checkpoint-5")
     assert bupo.main(flags(resume=run)) == 0  # from the one before
     same_run(undisturbed, run)
