@@ -320,7 +320,8 @@ def math_reward(completion: str, answer: str) -> float:
     r"""1.0 if the last \boxed{} of the completion holds the answer, else 0.0. Any text is legal, none takes long.
 
     Both sides are brought to one spelling and compared as text, two plain numbers as exact fractions. What is left
-    goes to math-verify, unless it is very long or has a number base (52_8, which math-verify would read as 52).
+    goes to math-verify, unless it is very long or has what math-verify overlooks: a number base (52_8 would be 52), the
+    order of letters (HTH would be HHT), a prime (f'(x) would be f(x)) or an ellipsis.
     """
     boxed = extract_boxed(completion)
     if boxed is None:
@@ -335,6 +336,8 @@ def math_reward(completion: str, answer: str) -> float:
     numbers = plain_number(given), plain_number(gold)
     if None not in numbers:
         return float(numbers[0] == numbers[1])
+    if re.fullmatch("[a-zA-Z]{2,} [a-zA-Z]{2,}", f"{given} {gold}") or marks(given, gold) != marks(gold, given):
+        return 0.0
     return float(same_value(gold, given))
 
 
@@ -344,6 +347,7 @@ SPELLINGS = [  # what is written in several ways -> the one way we keep
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"([_^])\s*\{(\w)\}", r"\1\2"),
     (r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|operatorname)\s*\{", r"\\text{"),
+    (r"\\text\{([ie])\}", r"\1"),  # upright, as some write them: not a unit
     (r"^\s*\\text\{([^{}]*)\}\s*$", r"\1"),  # \text{Yes} -> Yes
     (r"\s*(?:\^\s*\{?\\circ\}?|\\degree|\\?%)\s*$", ""),  # degrees and per cent
     (r"^\s*\(([A-Za-z])\)\s*$", r"\1"),  # (C) -> C, a multiple choice
@@ -369,10 +373,19 @@ def without_spaces(text: str) -> str:
 
 def split_unit(text: str) -> tuple[str, str]:
     r"""'5 \text{ cm}^2' -> ('5', 'cm^2'): a number and the words after it; (text, '') for anything else."""
-    no_unit = r"(?!\s*(?:pi|sin|cos|tan|log|ln|exp|sqrt|or|and|mod|thousand|million|billion|trillion|dozen)\b)"
-    unit = rf"(?:\\text\{{{no_unit}([^{{}}]*)\}}| {no_unit}([a-zA-Z]{{2,}}(?: [a-zA-Z]+)*))((?:\^[23])?)"
+    words = "pi sin cos tan log ln exp sqrt or and mod hundred thousand million billion trillion dozen halves thirds"
+    no_unit = rf"(?!\s*(?:{'|'.join([*words.split(), '[nxyz]', 'squared', 'cubed', 'factorial'])})\b)"
+    unit = (
+        rf"(?:\\text\{{{no_unit}([^{{}}]*)\}}| {no_unit}([cmk]m|[mk]g|ft|[a-zA-Z]{{3,}}(?: [a-zA-Z]+)*))((?:\^[23])?)"
+    )
     match = re.fullmatch(rf"([-+]?(?:[\d.,/]+|\\frac\{{\d+\}}\{{\d+\}})) ?{unit}", text)
     return (match[1], (match[2] or match[3] or "").strip().lower() + match[4]) if match else (text, "")
+
+
+def marks(text: str, other: str) -> tuple[int, bool]:
+    """Primes, and whether there is an ellipsis, in an answer; of f'(x) = 2x only in 2x, if the other is no equation."""
+    text = text if "=" in other else text.rpartition("=")[2]
+    return len(re.findall(r"'|\\prime", text)), bool(re.search(r"\\[lc]?dots|\.\.\.", text))
 
 
 def plain_number(text: str) -> Fraction | None:

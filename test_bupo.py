@@ -506,12 +506,15 @@ RIGHT = r"""
 \left( 3, \frac{\pi}{2} \right) | (3,\frac{\pi}{2})  (-\infty, 2] | (-\infty,2]                  3\cdot 4 | 12      \frac{2\pi}{4} | \frac{\pi}{2}
 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix}1&2\\3&4\end{pmatrix}              52_{8} | 52_8      \infty | \infty
 \displaystyle \frac{a}{b} | \frac{a}{b}              \log 2 | \log{2}  f(x) = x^2 + c | f(x)=x^2+c                  \ln(4) | 2\ln(2)
+5 cm | 5         5\mathrm{i} | 5i                   f'(x) = 2x | 2x        f'(x) = 2x | f'(x)=2x             HHT | hht
 \$5 | 5           1,000 \text{ km} | 1000          5 | 5 \text{ cm}   12 inches | 12  \$10,080 | 10080   1 1/2 | 1 1/2
 """
 WRONG = r"""
 5 | 6            50 | 5           -5 | 5             2t | 2            52_8 | 52_1   52_8 | 52    1,2,3 | 123       0.333333 | 1/3
 5 \text{ cm} | 5 \text{ m}        10 \text{ AM} | 10 \text{ PM}        [0,1) | [0,1]               (1,2) | (2,1)     A | B
 yes | no         x | y            \infty | -\infty   x=5 | 6           2\pi | 2      \sqrt{2} | 2  3 | three         i | 1
+5\mathrm{i} | 5  5\mathrm{e}^2 | 5                   HTH | HHT   vi | iv  7 \text{ squared} | 7                 3 xy | 3
+8 f(x) | 8 f'''(x)                    g(0) = 5 | g'(0) = 0  \{1,2,3,\ldots\} | \{1,2,3\}             n' | n
 1 1/2 | 5.5      1 2 | 12     100, 250 | 100250   52_{16} | 52   5 pi | 5   2 sin x | 2   5 \text{ million} | 5     (x+1)^3 | x^2+2x+1                \frac{1}{3} | 0.3  10^{10} | 10^{11}  \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix}1&2\\3&5\end{pmatrix}
 """
 
