@@ -1413,6 +1413,8 @@ def prepare_folder(out: Path, config: Config, log_sizes: dict[str, int]) -> None
         settings.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
         settings.replace(out / "config.json")  # at no moment is there half a file
     except OSError as error:
+        with contextlib.suppress(OSError):
+            (out / ".config.json").unlink()  # half a file, which would keep the next run out
         raise UsageError(f"{out} cannot be written ({error.strerror}); give another --out.") from error
 
 

@@ -1114,6 +1114,18 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_loses_nothing(undisturbed, t
     same_run(undisturbed, run)
 
 
+def test_a_disk_that_is_full_from_the_start_leaves_a_folder_that_can_be_used(tmp_path, monkeypatch, capsys):
+    def full(file, text, **_):
+        file.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert bupo.main(flags(out=tmp_path / "a", steps=1, **SHORT)) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert bupo.main(flags(out=tmp_path / "a", steps=1, **SHORT)) == 0
+
+
 def test_pickled_weights_are_refused(finished, tmp_path, capsys):
     run = copied(finished / "model", tmp_path / "pickled")
     torch.save(transformers.AutoModelForCausalLM.from_pretrained(run).state_dict(), run / "pytorch_model.bin")
