@@ -1267,6 +1267,7 @@ def set_up(config: Config, resume: bool) -> Run:
         if config.steps < run.done:
             raise UsageError(f"--steps {config.steps} is less than the {run.done} that {start} has done; raise it.")
         print(f"Resumed     after step {run.done}, from {start}")
+    run_folder(config, resume)  # again: another run may have begun there while this one was loading
     prepare_folder(out, config, run.log_sizes)
     if config.model == "tiny" and not start:
         print(f"Warm-up     {config.warm_up_steps} supervised steps on worked and careless answers")

@@ -1126,6 +1126,20 @@ def test_a_disk_that_is_full_from_the_start_leaves_a_folder_that_can_be_used(tmp
     assert bupo.main(flags(out=tmp_path / "a", steps=1, **SHORT)) == 0
 
 
+def test_of_two_runs_that_begin_in_one_folder_the_second_is_refused(tmp_path, monkeypatch, capsys):
+    load_model, arguments = bupo.load_model, flags(out=tmp_path / "a", steps=1, **SHORT)
+
+    def load_while_another_begins(*settings):
+        monkeypatch.setattr(bupo, "load_model", load_model)
+        assert bupo.main(arguments) == 0
+        return load_model(*settings)
+
+    monkeypatch.setattr(bupo, "load_model", load_while_another_begins)
+    assert bupo.main(arguments) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert [line["step"] for line in lines(tmp_path / "a" / "metrics.jsonl")] == [0, 1, 1]
+
+
 def test_pickled_weights_are_refused(finished, tmp_path, capsys):
     run = copied(finished / "model", tmp_path / "pickled")
     torch.save(transformers.AutoModelForCausalLM.from_pretrained(run).state_dict(), run / "pytorch_model.bin")
