@@ -65,6 +65,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import jinja2  # of chat templates, as transformers reads them
 import safetensors
 import torch
 import torch.nn.functional as F
@@ -248,7 +249,7 @@ def read_rows(source: str) -> Any:
 def as_messages(question: Any, system: str) -> list[dict]:
     """A question, text or chat messages, as chat messages, the system message first; [] where there is no question."""
     if isinstance(question, list):
-        said = [m for m in question if isinstance(m, dict) and m.get("role") and m.get("content")]
+        said = [m for m in question if isinstance(m, dict) and m.get("role") and isinstance(m.get("content"), str)]
         messages = [dict(role=m["role"], content=m["content"]) for m in said]
     else:
         text = "" if question is None else str(question).strip()
@@ -327,7 +328,8 @@ def math_reward(completion: str, answer: str) -> float:
     r"""1.0 if the last \boxed{} of the completion holds the answer, else 0.0. Any text is legal, none takes long.
 
     Both sides are brought to one spelling and compared as text, two plain numbers as exact fractions. What is left
-    goes to math-verify, unless it is very long or has a number base (52_8, which math-verify would read as 52).
+    goes to math-verify, unless it is very long or has what math-verify overlooks: a number base (52_8 would be 52), the
+    order of letters (HTH would be HHT), a prime (f'(x) would be f(x)) or an ellipsis.
     """
     boxed = extract_boxed(completion)
     if boxed is None or len(boxed) > 1000:
@@ -342,6 +344,8 @@ def math_reward(completion: str, answer: str) -> float:
     numbers = plain_number(given), plain_number(gold)
     if None not in numbers:
         return float(numbers[0] == numbers[1])
+    if re.fullmatch("[a-zA-Z]{2,} [a-zA-Z]{2,}", f"{given} {gold}") or marks(given, gold) != marks(gold, given):
+        return 0.0
     return float(same_value(gold, given))
 
 
@@ -351,6 +355,7 @@ SPELLINGS = [  # what is written in several ways -> the one way we keep
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"([_^])\s*\{(\w)\}", r"\1\2"),
     (r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|operatorname)\s*\{", r"\\text{"),
+    (r"\\text\{([ie])\}", r"\1"),  # upright, as some write them: not a unit
     (r"^\s*\\text\{([^{}]*)\}\s*$", r"\1"),  # \text{Yes} -> Yes
     (r"\s*(?:\^\s*\{?\\circ\}?|\\degree|\\?%)\s*$", ""),  # degrees and per cent
     (r"^\s*\(([A-Za-z])\)\s*$", r"\1"),  # (C) -> C, a multiple choice
@@ -376,10 +381,18 @@ def without_spaces(text: str) -> str:
 
 def split_unit(text: str) -> tuple[str, str]:
     r"""'5 \text{ cm}^2' -> ('5', 'cm^2'): a number and the words after it; (text, '') for anything else."""
-    no_unit = r"(?!\s*(?:pi|sin|cos|tan|log|ln|exp|sqrt|or|and|mod|thousand|million|billion|trillion|dozen)\b)"
-    unit = rf"(?:\\text\{{{no_unit}([^{{}}]*)\}}| {no_unit}([a-zA-Z]{{2,}}(?: [a-zA-Z]+)*))((?:\^[23])?)"
+    words = "pi sin cos tan log ln exp sqrt or and mod hundred thousand million billion trillion dozen halves thirds"
+    no_unit = rf"(?!\s*(?:{'|'.join([*words.split(), '[nxyz]', 'squared', 'cubed', 'factorial'])})\b)"
+    word = r"([cmk]m|[mk]g|ft|[a-zA-Z]{3,}(?: [a-zA-Z]+)*)"
+    unit = rf"(?:\\text\{{{no_unit}([^{{}}]*)\}}| {no_unit}{word})((?:\^[23])?)"
     match = re.fullmatch(rf"([-+]?(?:[\d.,/]+|\\frac\{{\d+\}}\{{\d+\}})) ?{unit}", text)
     return (match[1], (match[2] or match[3] or "").strip().lower() + match[4]) if match else (text, "")
+
+
+def marks(text: str, other: str) -> tuple[int, bool]:
+    """Primes, and whether there is an ellipsis, in an answer; of f'(x) = 2x only in 2x, if the other is no equation."""
+    text = text if "=" in other else text.rpartition("=")[2]
+    return len(re.findall(r"'|\\prime", text)), bool(re.search(r"\\[lc]?dots|\.\.\.", text))
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -487,16 +500,16 @@ def load_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> 
         if run and not Path(source).exists():
             raise UsageError(f"The run {name} has no model/; finish it with --resume, or name a model or a checkpoint.")
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            settings: dict[str, Any] = dict(dtype=torch.float32, use_safetensors=True)
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
+            no_code: dict[str, Any] = dict(trust_remote_code=False)  # the default is to ask, and a yes runs it
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **no_code)
+            settings = dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True, **no_code)
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
+            model, found = loaded
         except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-            why = (
-                "it is no folder with a model in the Hugging Face layout" if Path(name).exists() else first_line(error)
-            )
-            raise UsageError(
-                f"The model {name} cannot be loaded ({why}); check the name and the connection."
-            ) from error
+            why = "it is no folder with a model in Hugging Face layout" if Path(name).exists() else first_line(error)
+            raise UsageError(f"The model {name} cannot be loaded ({why}); check name and connection.") from error
+        if missing := sorted(found["missing_keys"]):  # transformers would train random numbers in their place
+            raise UsageError(f"{name} lacks {len(missing)} of its weights, such as {missing[0]}; get it anew.")
         generation = model.generation_config
         if generation.temperature or generation.top_k or generation.top_p:
             generation.do_sample = True  # without it, transformers refuses to save such settings with the trained model
@@ -687,25 +700,29 @@ def sample(
 
     prompts: lists of token ids; equal ones that enter together, as those of a group do, are read once. At most `rows`
     sequences are decoded at once; a finished one leaves the batch, and the next prompts enter as soon as an eighth of
-    the rows is free. Temperature 0 is greedy (its log-probabilities and entropies are those of temperature 1).
-    generator: a torch.Generator on the model's device; bar: the name of a progress bar. Returns the completions in the
-    order of the prompts, each of 1 to max_new_tokens tokens.
+    the rows is free, at most rows / 8 different ones at a time, for the sake of memory. Temperature 0 is greedy (its
+    log-probabilities and entropies are those of temperature 1). generator: a torch.Generator on the model's device;
+    bar: the name of a progress bar. Returns the completions in the order of the prompts, each of 1 to max_new_tokens
+    tokens.
     """
     model.eval()  # in training mode with activation checkpointing, transformers drops the cache without a word
     decoder, lm_head, device = model.get_decoder(), model.get_output_embeddings(), model.device
     completions = [Completion() for _ in prompts]
     waiting = deque(range(len(prompts)))  # numbers of prompts
     running: list[int] = []  # likewise; running[i] is in row i
-    cache = SlotCache(min(rows, len(prompts)))
+    cache, eighth = SlotCache(min(rows, len(prompts))), max(1, rows // 8)
     hidden = torch.empty(0, model.config.hidden_size, dtype=model.dtype, device=device)  # (n, D), of each last token
     position = torch.empty(0, dtype=torch.long, device=device)  # (n,), of each row's next token
     progress = tqdm(total=len(prompts), desc=bar, leave=False, disable=None if bar else True)
     while waiting or running:
         free = cache.slots - len(running)
-        if waiting and free >= min(len(waiting), max(1, rows // 8)):  # several prompts at a time are read faster
-            new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+        if waiting and free >= min(len(waiting), eighth):  # several prompts at a time are read faster
+            new: list[int] = []
             places: dict[tuple, int] = {}  # of each distinct prompt among those read
-            owner = [places.setdefault(tuple(prompts[i]), len(places)) for i in new]
+            while waiting and len(new) < free and (tuple(prompts[waiting[0]]) in places or len(places) < eighth):
+                new.append(waiting.popleft())
+                places.setdefault(tuple(prompts[new[-1]]), len(places))
+            owner = [places[tuple(prompts[i])] for i in new]
             ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in places], batch_first=True)  # (k, T)
             read = decoder(input_ids=ids.to(device), use_cache=True)
             cache.enter(len(running), read.past_key_values, owner)
@@ -713,6 +730,7 @@ def sample(
             last = read.last_hidden_state[owner, lengths - 1]  # (len(new), D)
             hidden, position = torch.cat([hidden, last]), torch.cat([position, lengths])
             running += new
+            del read  # else it would hold the prompts' keys and values until more are read
 
         logps = (lm_head(hidden).float() / (temperature or 1.0)).log_softmax(-1)  # (n, V)
         probabilities = logps.exp()  # (n, V)
@@ -1099,7 +1117,8 @@ def train(config: Config, resume: bool = False) -> Path:
                 evaluate_run(run)
     except KeyboardInterrupt:
         if run.whole and config.steps:
-            save_checkpoint(run)
+            with finish_first():  # an impatient second Ctrl-C must not lose the checkpoint
+                save_checkpoint(run)
         raise
     finally:
         bar.close()
@@ -1292,7 +1311,10 @@ def set_up(config: Config, resume: bool) -> Run:
     run = Run(config, out, model, tokenizer, optimizer, problems, held_out, num_layers, layer)
     if start:
         load_training_state(start, run)
+        if config.steps < run.done:
+            raise UsageError(f"--steps {config.steps} is less than the {run.done} that {start} has done; raise it.")
         print(f"Resumed     after step {run.done}, from {start}")
+    run_folder(config, resume)  # again: another run may have begun there while this one was loading
     prepare_folder(out, config, run.log_sizes)
     if config.model == "tiny" and not start:
         print(f"Warm-up     {config.warm_up_steps} supervised steps on worked and careless answers")
@@ -1397,7 +1419,12 @@ def check_against_model(config: Config, model: Model, tokenizer: Tokenizer) -> N
 def usable_problems(source: str, limit: int, tokenizer: Tokenizer, config: Config) -> list[Problem]:
     """The problems whose prompts have at most --max-prompt tokens; the others are counted, not cut."""
     problems = load_problems(source, limit or None, config.system)
-    fitting = [p for p in problems if len(encode(tokenizer, p, config.thinking)) <= config.max_prompt]
+    try:
+        fitting = [p for p in problems if len(encode(tokenizer, p, config.thinking)) <= config.max_prompt]
+    except jinja2.TemplateError as error:
+        mend = 'give other messages, or no system message with --system ""'
+        refused = f"The chat template of {config.model} refuses {source} ({first_line(error)})"
+        raise UsageError(f"{refused}; {mend}.") from error
     if not fitting:
         raise UsageError(f"All prompts of {source} have more than {config.max_prompt} tokens; raise --max-prompt.")
     if len(fitting) < len(problems):
@@ -1430,6 +1457,8 @@ def prepare_folder(out: Path, config: Config, log_sizes: dict[str, int]) -> None
         settings.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
         settings.replace(out / "config.json")  # at no moment is there half a file
     except OSError as error:
+        with contextlib.suppress(OSError):
+            (out / ".config.json").unlink()  # half a file, which would keep the next run out
         raise UsageError(f"{out} cannot be written ({error.strerror}); give another --out.") from error
 
 
@@ -1600,6 +1629,9 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # no letter of a completion may end a run, whatever the terminal knows
     config = None
     try:
         config, resume = parse(arguments)

@@ -25,6 +25,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import given, settings, strategies
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import analyze
@@ -412,6 +413,20 @@ def test_a_gradient_that_is_not_finite_skips_the_update():
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize(
+    "change", [dict(temperature=0.5), dict(internal_norm="none"), dict(clip=1e-6), dict(grad_clip=1e-3)]
+)
+def test_every_setting_reaches_the_update(change):
+    ends = []
+    for changes in ({}, change):
+        model = small_model()
+        bupo.update(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), ROLLOUT, ADVANTAGES, 2, update_settings(**changes)
+        )
+        ends.append(model.model.layers[1].mlp.up_proj.weight)
+    assert not torch.allclose(*ends, rtol=1e-4, atol=1e-6)
+
+
 def test_bfloat16_compute_moves_float32_masters_at_the_papers_learning_rate():
     """bfloat16 weights would stay where they are at 1e-6; the copy for rollouts follows the masters."""
     model = small_model(initializer_range=0.02, tie_word_embeddings=True)
@@ -581,12 +596,15 @@ RIGHT = r"""
 \left( 3, \frac{\pi}{2} \right) | (3,\frac{\pi}{2})  (-\infty, 2] | (-\infty,2]                  3\cdot 4 | 12      \frac{2\pi}{4} | \frac{\pi}{2}
 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix}1&2\\3&4\end{pmatrix}              52_{8} | 52_8      \infty | \infty
 \displaystyle \frac{a}{b} | \frac{a}{b}              \log 2 | \log{2}  f(x) = x^2 + c | f(x)=x^2+c                  \ln(4) | 2\ln(2)
+5 cm | 5         5\mathrm{i} | 5i                   f'(x) = 2x | 2x        f'(x) = 2x | f'(x)=2x             HHT | hht
 \$5 | 5           1,000 \text{ km} | 1000          5 | 5 \text{ cm}   12 inches | 12  \$10,080 | 10080   1 1/2 | 1 1/2
 """
 WRONG = r"""
 5 | 6            50 | 5           -5 | 5             2t | 2            52_8 | 52_1   52_8 | 52    1,2,3 | 123       0.333333 | 1/3
 5 \text{ cm} | 5 \text{ m}        10 \text{ AM} | 10 \text{ PM}        [0,1) | [0,1]               (1,2) | (2,1)     A | B
 yes | no         x | y            \infty | -\infty   x=5 | 6           2\pi | 2      \sqrt{2} | 2  3 | three         i | 1
+5\mathrm{i} | 5  5\mathrm{e}^2 | 5                   HTH | HHT   vi | iv  7 \text{ squared} | 7                 3 xy | 3
+8 f(x) | 8 f'''(x)                    g(0) = 5 | g'(0) = 0  \{1,2,3,\ldots\} | \{1,2,3\}             n' | n
 1 1/2 | 5.5      1 2 | 12     100, 250 | 100250   52_{16} | 52   5 pi | 5   2 sin x | 2   5 \text{ million} | 5     (x+1)^3 | x^2+2x+1                \frac{1}{3} | 0.3  10^{10} | 10^{11}  \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix}1&2\\3&5\end{pmatrix}
 """
 
@@ -772,6 +790,11 @@ def test_rows_without_question_or_answer_are_dropped_and_counted(tmp_path, capsy
     rows = [{"question": q, "answer": a} for q, a in (("a", "1"), (None, "2"), ("c", None), (" ", "4"), ("e", "5"))]
     assert [p.answer for p in bupo.load_problems(write_rows(tmp_path / "x.jsonl", rows))] == ["1", "5"]
     assert "question: question, answer: answer; 3 rows lack one" in capsys.readouterr().out
+    parts = [
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"}
+    ]  # nothing a text model reads
+    with pytest.raises(bupo.UsageError, match="no row with both"):
+        bupo.load_problems(write_rows(tmp_path / "parts.jsonl", parts))
 
 
 def test_one_row_and_duplicate_rows_are_enough_to_train_on(tmp_path):
@@ -841,6 +864,25 @@ def test_models_that_are_not_llama_like_are_refused(family):
 @pytest.mark.parametrize("family", ["Qwen3", "Qwen2", "Llama", "Mistral"])
 def test_llama_like_models_are_accepted(family):
     bupo.check_model(small_model(family))
+
+
+def test_a_chat_template_that_refuses_the_problems_says_so(finished, tmp_path, capsys):
+    model = copied(finished / "model", tmp_path / "m")
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}{{ messages[0].content }}"
+    (model / "chat_template.jinja").write_text(refuses)
+    file = write_rows(tmp_path / "x.jsonl", [{"question": "1+1", "answer": 2}])
+    arguments = dict(model=model, steps=0, eval_dataset=file, max_prompt=99, max_completion=4, eval_k=1)
+    assert bupo.main(flags(out=tmp_path / "a", **arguments)) == 2
+    assert "(No system role); give other messages" in capsys.readouterr().err
+    assert bupo.main(flags(out=tmp_path / "a", system="", **arguments)) == 0
+
+
+def test_letters_that_the_terminal_lacks_do_not_end_a_run(tmp_path):
+    file = write_rows(tmp_path / "x.jsonl", [{"question": "\u03c0?", "answer": "\u03c0"}])
+    arguments = flags(**{**SHORT, **dict(dataset=file, eval_dataset=file, steps=1, out=tmp_path / "a")})
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, bupo.__file__, *arguments], env=ascii_only, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_prompts_without_chat_template_or_system_role():
@@ -976,6 +1018,85 @@ def test_a_resumed_run_repeats_an_undisturbed_one_bit_for_bit(guessing, tmp_path
     same_run(tmp_path / "a", tmp_path / "b")
 
 
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_phase_1_of_a_run_leaves_the_upper_blocks_alone(guessing, tmp_path):
+    assert bupo.main(flags(out=tmp_path / "a", steps=1, **guessing)) == 0
+    before, after = weights_of(guessing["model"] / "model"), weights_of(tmp_path / "a" / "model")
+    for name in before:  # layer 3 of 6
+        above = name.startswith(tuple(f"model.layers.{i}." for i in (3, 4, 5)))
+        assert torch.equal(before[name], after[name]) == above, name
+
+
+def test_the_bfloat16_copy_follows_the_float32_masters_through_a_run(guessing, tmp_path):
+    out = tmp_path / "a"
+    assert bupo.main(flags(out=out, steps=2, lr=1e-2, precision="bfloat16", **guessing)) == 0
+    start, masters, copy = (weights_of(f) for f in (guessing["model"] / "model", out / "checkpoint-2", out / "model"))
+    for name in copy:
+        assert masters[name].dtype == torch.float32
+        assert torch.equal(copy[name], masters[name].bfloat16())
+    assert not torch.equal(copy["model.embed_tokens.weight"], start["model.embed_tokens.weight"].bfloat16())
+    model, _ = bupo.load_model(str(out))  # saved in bfloat16, which would not move at 1e-6
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_rollouts_and_updates_share_the_temperature(guessing, tmp_path):
+    changes = dict(temperature=0.5, internal_steps=0)
+    assert bupo.main(flags(out=tmp_path / "a", steps=1, **{**guessing, **changes})) == 0
+    (step,) = (line for line in lines(tmp_path / "a" / "metrics.jsonl") if "layer" in line)
+    assert step["layer_entropy"] == pytest.approx(step["entropy"], abs=1e-4)  # of what was sampled and what is scored
+    assert step["first_ratio_error"] < 1e-4
+
+
+def test_adamw_gets_its_settings_and_the_ramp(guessing, tmp_path, monkeypatch):
+    made, rates = [], []
+
+    class Spy(torch.optim.AdamW):
+        def __init__(self, *arguments, **settings):
+            made.append(settings)
+            super().__init__(*arguments, **settings)
+
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    adam = dict(beta1=0.5, beta2=0.6, weight_decay=0.07, lr=1e-3, lr_ramp=2)
+    assert bupo.main(flags(out=tmp_path / "a", steps=3, **adam, **guessing)) == 0
+    assert [(s["betas"], s["weight_decay"]) for s in made] == [((0.5, 0.6), 0.07)]
+    assert list(dict.fromkeys(rates)) == pytest.approx([5e-4, 1e-3])
+
+
+def test_every_problem_comes_once_in_each_turn():
+    turns = [bupo.problems_of_step(step, 8, 8, 0) for step in (1, 2, 3)]
+    assert all(sorted(turn) == list(range(8)) for turn in turns)
+    assert turns[0] != turns[1] != turns[2]
+    assert bupo.problems_of_step(1, 3, 8, 0) == [bupo.problems_of_step(step, 3, 1, 0)[0] for step in range(1, 9)]
+
+
+def test_long_prompts_are_dropped_and_counted(tmp_path, capsys):
+    rows = [{"question": "1" * n, "answer": 1} for n in (3, 60, 9, 61)]
+    arguments = bupo.Config(max_prompt=20)
+    problems = bupo.usable_problems(write_rows(tmp_path / "x.jsonl", rows), 0, bupo.load_model("tiny")[1], arguments)
+    assert [len(p.messages[-1]["content"]) for p in problems] == [3, 9]
+    assert "2 dropped, of more than 20 tokens" in capsys.readouterr().out
+
+
+def test_a_model_loses_its_dropout(tmp_path):
+    model, _ = bupo.load_model(saved_model(tmp_path / "a", attention_dropout=0.5))
+    assert {m.attention_dropout for m in model.modules() if hasattr(m, "attention_dropout")} == {0.0}
+
+
+def test_recomputation_is_switched_on_by_its_flag(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(bupo, "recompute_activations", lambda model: seen.append(model))
+    for flag, times in (("--no-recompute", 0), ("--recompute", 1)):
+        assert bupo.main([*flags(out=tmp_path / flag, steps=1, **SHORT), flag]) == 0
+        assert len(seen) == times
+
+
 @pytest.fixture(scope="module")
 def undisturbed(guessing, tmp_path_factory) -> Path:
     """A finished run of five steps with a checkpoint after each, to compare disturbed ones with."""
@@ -1018,8 +1139,34 @@ def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(guess
     assert sorted(path.name for path in out.glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-5"]  # the last two
 
 
+def test_a_second_ctrl_c_does_not_lose_the_checkpoint_of_the_first(tmp_path, monkeypatch):
+    def interrupted(run):
+        if run.done:
+            raise KeyboardInterrupt
+
+    def interrupt_and_save(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        save_model(*arguments)
+
+    save_model = bupo.save_model
+    monkeypatch.setattr(bupo, "evaluate_run", interrupted)
+    monkeypatch.setattr(bupo, "save_model", interrupt_and_save)
+    assert bupo.main(flags(out=tmp_path / "a", steps=3, eval_every=1, save_every=9, **SHORT)) == 130
+    assert (tmp_path / "a" / "checkpoint-1" / "training.pt").exists()
+
+
 def copied(run: Path, to: Path) -> Path:
     return shutil.copytree(run, to)
+
+
+class Hostile:
+    """What a pickle can do to those who trust it: here, make a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
 
 
 def test_damaged_and_foreign_checkpoints_are_named(undisturbed, tmp_path, capsys):
@@ -1036,6 +1183,9 @@ def test_damaged_and_foreign_checkpoints_are_named(undisturbed, tmp_path, capsys
     torch.save({"optimizer": {"state": {}, "param_groups": []}}, run / "checkpoint-5" / "training.pt")
     assert bupo.main(flags(resume=run)) == 2
     assert "damaged or of another model" in capsys.readouterr().err
+    torch.save(Hostile(tmp_path / "ran"), run / "checkpoint-5" / "training.pt")
+    assert bupo.main(flags(resume=run)) == 2
+    assert not (tmp_path / "ran").exists()
     shutil.rmtree(run / "checkpoint-5")
     assert bupo.main(flags(resume=run)) == 0  # from the one before
     same_run(undisturbed, run)
@@ -1054,12 +1204,61 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_loses_nothing(undisturbed, t
     same_run(undisturbed, run)
 
 
+def test_a_disk_that_is_full_from_the_start_leaves_a_folder_that_can_be_used(tmp_path, monkeypatch, capsys):
+    def full(file, text, **_):
+        file.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert bupo.main(flags(out=tmp_path / "a", steps=1, **SHORT)) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert bupo.main(flags(out=tmp_path / "a", steps=1, **SHORT)) == 0
+
+
+def test_of_two_runs_that_begin_in_one_folder_the_second_is_refused(tmp_path, monkeypatch, capsys):
+    load_model, arguments = bupo.load_model, flags(out=tmp_path / "a", steps=1, **SHORT)
+
+    def load_while_another_begins(*settings):
+        monkeypatch.setattr(bupo, "load_model", load_model)
+        assert bupo.main(arguments) == 0
+        return load_model(*settings)
+
+    monkeypatch.setattr(bupo, "load_model", load_while_another_begins)
+    assert bupo.main(arguments) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert [line["step"] for line in lines(tmp_path / "a" / "metrics.jsonl")] == [0, 1, 1]
+
+
 def test_pickled_weights_are_refused(finished, tmp_path, capsys):
     run = copied(finished / "model", tmp_path / "pickled")
     torch.save(transformers.AutoModelForCausalLM.from_pretrained(run).state_dict(), run / "pytorch_model.bin")
     (run / "model.safetensors").unlink()
     assert bupo.main(flags(model=run, steps=0, out=tmp_path / "new")) == 2
     assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_a_model_that_lacks_a_weight_is_refused(finished, tmp_path, capsys):
+    run = copied(finished / "model", tmp_path / "lacks")
+    weights = load_file(run / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, run / "model.safetensors", metadata={"format": "pt"})
+    assert bupo.main(flags(model=run, steps=0, out=tmp_path / "new")) == 2
+    assert "lacks 1 of its weights, such as model.layers.2.mlp.up_proj.weight" in capsys.readouterr().err
+
+
+def test_code_of_a_checkpoint_is_never_run_and_no_one_is_asked(finished, tmp_path, monkeypatch, capsys):
+    run = copied(finished / "model", tmp_path / "code")
+    own = dict(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    (run / "config.json").write_text(json.dumps({**json.loads((run / "config.json").read_text()), **own}))
+    code = "from transformers import Qwen3Config as Config, Qwen3ForCausalLM as Model"
+    (run / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{code}\n")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+    assert bupo.main(flags(model=run, steps=0, out=tmp_path / "new")) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert not asked
+    assert not (tmp_path / "ran").exists()
 
 
 def test_running_out_of_gpu_memory_names_the_three_flags(monkeypatch, capsys):
@@ -1184,6 +1383,15 @@ def test_a_missing_math_verify_is_said_not_scored_0(monkeypatch):
     monkeypatch.setattr(bupo, "CHECKER", "import no_such_module")
     with pytest.raises(bupo.UsageError, match="math-verify cannot be started"):
         bupo.AnswerChecker()("1", "2")
+
+
+def test_fewer_steps_than_are_done_are_refused_when_resuming(finished, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    for steps in (0, 1):
+        assert bupo.main(flags(resume=finished, steps=steps)) == 2
+        assert f"--steps {steps} is less than the 2 that" in capsys.readouterr().err
+    assert (finished / "metrics.jsonl").read_text() == before
+    assert json.loads((finished / "config.json").read_text())["steps"] == 2
 
 
 def test_a_changed_setting_is_refused_by_name_when_resuming(finished, capsys):
