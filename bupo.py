@@ -235,7 +235,7 @@ def read_rows(source: str) -> Any:
         if isinstance(found, datasets.DatasetDict):
             found = found["train"] if "train" in found else next(iter(found.values()))
         return found
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+    except Exception as error:  # of many kinds, from the libraries that read foreign data
         if kind and local and not Path(source).is_file():
             raise UsageError(f"The file {source} does not exist; check the path.") from error
         if isinstance(error, StopIteration) or "no data" in str(error):
@@ -505,8 +505,9 @@ def load_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> 
             settings = dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True, **no_code)
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
             model, found = loaded
-        except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-            why = "it is no folder with a model in Hugging Face layout" if Path(name).exists() else first_line(error)
+        except Exception as error:  # of many kinds, from the libraries that read foreign files
+            strange = Path(name).exists() and not Path(source, "config.json").exists()
+            why = "it is no folder with a model in the Hugging Face layout" if strange else first_line(error)
             raise UsageError(f"The model {name} cannot be loaded ({why}); check name and connection.") from error
         if missing := sorted(found["missing_keys"]):  # transformers would train random numbers in their place
             raise UsageError(f"{name} lacks {len(missing)} of its weights, such as {missing[0]}; get it anew.")
@@ -1402,6 +1403,8 @@ def finish_first() -> Iterator[None]:
 def check_against_model(config: Config, model: Model, tokenizer: Tokenizer) -> None:
     """Refuse what only the loaded model can tell: a layer it lacks, lengths it cannot take."""
     num_layers = len(model.get_decoder().layers)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise UsageError(f"The tokenizer of {config.model} has more tokens than its model; give a folder with both.")
     if config.internal_layer != "auto" and not 1 <= int(config.internal_layer) <= num_layers:
         raise UsageError(
             f"--internal-layer must be 1 to {num_layers} for {config.model}, or auto, not {config.internal_layer}."
@@ -1471,7 +1474,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
         write(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
-                with open(file, "rb") as written:
+                with open(file, "r+b") as written:
                     os.fsync(written.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
@@ -1526,6 +1529,8 @@ def log(file: Path, record: dict) -> None:
     try:
         with open(file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(record) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
     except OSError as error:
         mend = f"make room, then go on with --resume {file.parent}"
         raise UsageError(f"{file} cannot be written ({first_line(error)}); {mend}.") from error

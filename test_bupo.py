@@ -9,7 +9,6 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -726,6 +725,8 @@ def test_rewards_hold_off_the_main_thread_and_without_sigalrm(monkeypatch):
 def test_a_checker_that_someone_killed_is_replaced():
     checker = bupo.AnswerChecker()
     assert checker("2x", "x+x")
+    if sys.platform == "linux":
+        assert "Max address space     2147483648" in Path(f"/proc/{checker.child.pid}/limits").read_text()
     checker.child.kill()
     checker.child.wait()
     assert checker("2x", "x+x")
@@ -1192,6 +1193,7 @@ def test_damaged_and_foreign_checkpoints_are_named(undisturbed, tmp_path, capsys
 
 
 def test_a_full_disk_ends_a_run_with_a_sentence_and_loses_nothing(undisturbed, tmp_path):
+    resource = pytest.importorskip("resource")  # Windows has none
     run = copied(undisturbed, tmp_path / "full")
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))  # noqa: E731 - a checkpoint takes 1.3 MB
