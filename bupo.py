@@ -1403,7 +1403,7 @@ def finish_first() -> Iterator[None]:
 def check_against_model(config: Config, model: Model, tokenizer: Tokenizer) -> None:
     """Refuse what only the loaded model can tell: a layer it lacks, lengths it cannot take."""
     num_layers = len(model.get_decoder().layers)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > len(model.get_input_embeddings().weight):  # type: ignore[arg-type]
         raise UsageError(f"The tokenizer of {config.model} has more tokens than its model; give a folder with both.")
     if config.internal_layer != "auto" and not 1 <= int(config.internal_layer) <= num_layers:
         raise UsageError(
