@@ -108,8 +108,8 @@ def rollout(s: SimpleNamespace, config: bupo.Config, width: int, sequences: int)
     token = s.layers * 2 * s.key * width  # keys and values of one token
     widenings = math.ceil((config.max_completion - 1) / 257)  # SlotCache grows by 1 + 256 columns at a time
     columns = config.max_prompt + 257 * widenings
-    prompts = rows * config.max_prompt  # tokens that are read at once; `read` holds on to them until the next are read
-    full = dict(cache=rows * columns * token, read=prompts * (token + s.hidden * width))
+    prompts = max(1, config.rows // 8) * config.max_prompt  # tokens that are read at once, if no two prompts are equal
+    full = dict(cache=rows * columns * token)
     logits, working = 4 * rows * s.vocabulary, prompts * (4 * s.hidden + 3 * s.ffn) * width
     moments = [
         dict(read=prompts * token, block=working),  # the first prompts
@@ -117,7 +117,7 @@ def rollout(s: SimpleNamespace, config: bupo.Config, width: int, sequences: int)
         full | dict(logits=2 * logits, widened=rows * s.key * width * max(0, columns - 257)),  # one tensor exists twice
     ]
     if sequences > rows:  # the next prompts are read when all rows have ended at full length
-        moments.append(full | dict(read=full["read"] + prompts * token, block=working, logits=2 * logits))
+        moments.append(full | dict(read=prompts * token, block=working, logits=2 * logits))
     return max(moments, key=total)
 
 
@@ -253,7 +253,7 @@ def check_count() -> list[dict]:
         model = transformers.AutoModelForCausalLM.from_config(family(**sizes))
         s, small = shape(model), dict(prompts=4, group=4, mini_batch=4, max_prompt=32, max_completion=96, rows=8)
         config = bupo.Config(model=name, **{**small, "micro_tokens": 1024, "head_tokens": 256, **settings})
-        sequences = [(list(range(config.max_prompt)), list(range(config.max_completion)))] * 16
+        sequences = [([i, *range(1, config.max_prompt)], list(range(config.max_completion))) for i in range(16)]
         asked = ([prompt for prompt, _ in sequences], config.max_completion, set())  # no end token: full length
         actor = bupo.bfloat16_copy(model) if low else model
         rollouts = functools.partial(bupo.sample, actor, *asked, rows=config.rows)
