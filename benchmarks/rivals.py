@@ -63,16 +63,14 @@ def by_continuous_batching(model, prompts, lengths) -> list[int]:
     """transformers' continuous batching, with a cache that holds every sequence; 60 % of memory is its default."""
     total = sum(map(len, prompts)) + sum(lengths)
     small = dict(page_size=64, num_blocks=total // 64 + 2 * len(prompts), max_batch_tokens=512)
-    how = transformers.ContinuousBatchingConfig(
-        **(small if model.device.type == "cpu" else dict(max_memory_percent=0.5))
-    )
+    cache = small if model.device.type == "cpu" else dict(max_memory_percent=0.5)
+    how = transformers.ContinuousBatchingConfig(**cache)
     draws = transformers.GenerationConfig(do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
     hints = dict(generation_config=draws, continuous_batching_config=how)
     got = {}
     with model.continuous_batching_context_manager(**hints) as manager:
-        names = [
-            manager.add_request(p, max_new_tokens=n, eos_token_id=-1) for p, n in zip(prompts, lengths, strict=True)
-        ]
+        asked = zip(prompts, lengths, strict=True)
+        names = [manager.add_request(prompt, max_new_tokens=n, eos_token_id=-1) for prompt, n in asked]
         while len(got) < len(prompts):
             result = manager.get_result(timeout=1)
             if result is not None and result.is_finished():

@@ -1,30 +1,26 @@
 """How fast and how lean bupo.py is: ratios, each measured in one run, beside the least that they could be.
 
-    python benchmarks/speed.py                                   # small random models: about ... minutes on 2 cores
+    python benchmarks/speed.py                                   # with small random models
     python benchmarks/speed.py --model FOLDER                    # a real model where one matters, such as SmolLM2-135M
     python benchmarks/speed.py --only phase1 rollouts step growth start --quick
 
 Whatever is compared runs in turn, A B A B ..., so that a busy machine slows both; a line says the median of the turns'
 ratios and the range (`step`: of its steps; each way runs in a process of its own, one after the other). The floor is
-counted, in operations or bytes, not measured. Lines and seconds also go to results/speed-MACHINE.json. Nothing here depends on the device: on a GPU it computes in bfloat16, as bupo.py
-does. The built-in task and the test suite, end to end, take too long for this script: time them by hand.
+counted, in operations or bytes, not measured. Lines and seconds also go to results/speed-MACHINE.json. On a GPU all of
+it computes in bfloat16, as bupo.py does. The built-in task and the test suite take too long for this script.
 """
 
 import argparse
 import gc
 import json
 import math
-import multiprocessing
-import platform
 import random
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import metadata, util
 from pathlib import Path
@@ -36,86 +32,13 @@ from unittest import mock
 import rivals
 import torch
 import transformers
+from measure import BFLOAT16, DEVICE, forget_peak, in_fresh_process, in_turn, line, machine, memory, ratios
 from torch import Tensor
 
 import bupo
 
-HERE, DEVICE, BFLOAT16 = Path(__file__).parent, *bupo.choose_device(bupo.Config())
+HERE = Path(__file__).parent
 PARTS = ("phase1", "rollouts", "step", "growth", "start")
-
-# Measuring ============================================================================================================
-
-
-def seconds(work: Callable) -> float:
-    """Wall time of work(), the GPU's share included."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def in_turn(works: dict[str, Callable], turns: int, warm_up: bool = True) -> dict[str, list[float]]:
-    """Seconds of each work in each turn, A B A B ..., after a turn that does not count."""
-    for work in works.values() if warm_up else ():
-        work()
-    timed = [{name: seconds(work) for name, work in works.items()} for _ in range(turns)]
-    return {name: [turn[name] for turn in timed] for name in works}
-
-
-def line(part: str, what: str, values: list[float], unit: str, floor: str = "", **more) -> dict:
-    """A line of the table: the median of the values and their range."""
-    row = dict(part=part, what=what, median=statistics.median(values), low=min(values), high=max(values), unit=unit)
-    row |= dict(floor=floor, values=values, **more)
-    median, low, high = (f"{row[name]:.{3 if row[name] < 100 else 6}g}" for name in ("median", "low", "high"))
-    print(f"{part:9}{what:62}{median:>8} {unit:9}{f'{low}-{high}' if len(values) > 1 else '':14}{floor}", flush=True)
-    return row
-
-
-def ratios(times: dict[str, list[float]], above: str, below: str) -> list[float]:
-    return [a / b for a, b in zip(times[above], times[below], strict=True)]
-
-
-def in_fresh_process(work: Callable, *arguments) -> object:
-    """work(*arguments) in a process of its own, so that its memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
-
-
-def memory(peak: bool = False) -> float:
-    """Bytes in use now, or their peak since `forget_peak`: allocated on the GPU, else resident (on Linux)."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    status, name = Path("/proc/self/status").read_text(), "VmHWM" if peak else "VmRSS"
-    return 1024.0 * int(re.search(rf"{name}:\s+(\d+)", status)[1])
-
-
-def forget_peak() -> None:
-    gc.collect()
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def machine() -> dict:
-    """What it is, and what it can do: operations per second of a matrix product, bytes per second read from memory."""
-    dtype = torch.bfloat16 if BFLOAT16 else torch.float32
-    size, large = (8192, 2**30) if DEVICE.type == "cuda" else (2048, 2**26)
-    square, vector = torch.randn(size, size, device=DEVICE, dtype=dtype), torch.ones(large, device=DEVICE)
-    product = min(in_turn(dict(product=lambda: square @ square), 5)["product"])
-    read = min(in_turn(dict(read=lambda: vector.sum()), 5)["read"])
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or platform.machine()
-    cpu = (
-        re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    )
-    name = cpu[1] if cpu and DEVICE.type == "cpu" else name
-    versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
-    rates = dict(operations_per_s=2 * size**3 / product, bytes_per_s=4 * large / read)
-    return dict(machine=name, threads=torch.get_num_threads(), dtype=str(dtype), **versions, **rates)
-
 
 # Work =================================================================================================================
 
@@ -326,10 +249,10 @@ def step(args: argparse.Namespace, about: dict) -> list[dict]:
         models = {Path(args.model).name: (args.model, args.dataset)} | models
     precision = "bfloat16 autocast" if BFLOAT16 else "float32"
     print(
-        f"step     TRL {metadata.version('trl')}: {precision}, no activation checkpointing, beta 0, num_iterations 1, loss"
+        f"step     TRL {metadata.version('trl')}: {precision}, no activation checkpointing, beta 0, num_iterations 1,"
     )
     print(
-        "         bnpo; a device batch is a mini-batch; generation by default, and by transformers' continuous batching"
+        "         loss bnpo, a device batch is a mini-batch; default generation, then transformers' continuous batching"
     )
     ways = ("bupo", "trl default", "trl continuous")
     for name, (model_folder, dataset) in models.items():
@@ -390,9 +313,7 @@ def one_step(problems: int, group: int, length: int, layers: int, vocabulary: in
 def growth(args: argparse.Namespace, about: dict) -> list[dict]:
     """The slope of log time and log memory over a factor of 16, from three points; below 1 where fixed costs weigh."""
     lines, factors = [], (1, 4) if args.quick else (1, 4, 16)
-    print(
-        f"growth   a step of a small Qwen3, at most 32 rows and 4,096 tokens at a time, over a factor of {factors[-1]}"
-    )
+    print(f"growth   a step of a small Qwen3, at most 32 rows and 4,096 tokens at once, over a factor of {factors[-1]}")
     base = in_fresh_process(one_step, *BASE.values())
     for axis, most in EXPECTED.items():
         grown = [in_fresh_process(one_step, *(BASE | {axis: BASE[axis] * f}).values()) for f in factors[1:]]

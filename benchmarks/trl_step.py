@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import transformers
+from measure import BFLOAT16, DEVICE, memory
 
 import bupo
 
@@ -44,7 +45,7 @@ def trl_settings(s: dict) -> dict:
     generation = dict(generation_kwargs=dict(min_new_tokens=s["tokens"]))
     if s["way"] == "trl continuous":
         # Its engine takes no minimum, so no token id is the end. Its default cache is 60 % of a CPU's memory.
-        cache = dict(num_blocks=128, page_size=64, max_batch_tokens=512) if not torch.cuda.is_available() else {}
+        cache = dict(num_blocks=128, page_size=64, max_batch_tokens=512) if DEVICE.type == "cpu" else {}
         generation = dict(use_transformers_continuous_batching=True, transformers_continuous_batching_config=cache)
         generation["generation_kwargs"] = dict(eos_token_id=-1)
     updates = s["prompts"] // s["mini_batch"]
@@ -67,7 +68,7 @@ def trl_settings(s: dict) -> dict:
         weight_decay=0.01,
         max_grad_norm=1.0,
         gradient_checkpointing=False,
-        bf16=torch.cuda.is_available(),
+        bf16=BFLOAT16,
         **generation,
     )
 
@@ -77,7 +78,7 @@ def trl_seconds(s: dict) -> list[float]:
     import datasets
     import trl
 
-    model, tokenizer = bupo.load_model(s["model"])
+    model, tokenizer = bupo.load_model(s["model"], DEVICE)
     problems = [dict(prompt=p.messages) for p in bupo.load_problems(s["dataset"], system="")]
     ends = []
 
@@ -86,13 +87,13 @@ def trl_seconds(s: dict) -> list[float]:
             ends.append(time.perf_counter())
 
         def on_step_end(self, *_, **__):
-            if torch.cuda.is_available():
+            if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as out:
         quiet = dict(output_dir=out, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True)
-        settings = trl.GRPOConfig(**trl_settings(s), **quiet, use_cpu=not torch.cuda.is_available())
+        settings = trl.GRPOConfig(**trl_settings(s), **quiet, use_cpu=DEVICE.type == "cpu")
         parts = dict(
             train_dataset=datasets.Dataset.from_list(problems), processing_class=tokenizer, callbacks=[Clock()]
         )
@@ -104,5 +105,4 @@ def trl_seconds(s: dict) -> list[float]:
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
     seconds = bupo_seconds(settings) if settings["way"] == "bupo" else trl_seconds(settings)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps(dict(seconds=seconds, peak=1e9 * (bupo.peak_memory_gb(device) or 0))))
+    print(json.dumps(dict(seconds=seconds, peak=memory(peak=True))))
