@@ -247,13 +247,9 @@ def step(args: argparse.Namespace, about: dict) -> list[dict]:
     models = {"small Qwen3": (str(folder / "qwen3"), "arithmetic")}
     if args.model:
         models = {Path(args.model).name: (args.model, args.dataset)} | models
-    precision = "bfloat16 autocast" if BFLOAT16 else "float32"
-    print(
-        f"step     TRL {metadata.version('trl')}: {precision}, no activation checkpointing, beta 0, num_iterations 1,"
-    )
-    print(
-        "         loss bnpo, a device batch is a mini-batch; default generation, then transformers' continuous batching"
-    )
+    number = "bfloat16 autocast" if BFLOAT16 else "float32"
+    print(f"step     TRL {metadata.version('trl')}: {number}, no activation checkpointing, beta 0, num_iterations 1,")
+    print("         loss bnpo, a mini-batch per device; its own generation, then transformers' continuous batching")
     ways = ("bupo", "trl default", "trl continuous")
     for name, (model_folder, dataset) in models.items():
         _, tokenizer = bupo.load_model(model_folder)
@@ -273,7 +269,6 @@ def step(args: argparse.Namespace, about: dict) -> list[dict]:
                 raise RuntimeError(f"{way} failed:\n{done.stderr[-2000:]}")
             told[way] = json.loads(done.stdout.splitlines()[-1])
             told[way]["seconds"] = told[way]["seconds"][1:]  # the first warms up
-        for way in ways:
             each = told[way]["seconds"]
             rate = 16 * size["tokens"] / statistics.median(each)
             remark = f"{rate:.0f} tokens/s, peak {told[way]['peak'] / 2**20:.0f} MiB"
