@@ -44,8 +44,9 @@ def line(part: str, what: str, values: list[float], unit: str, floor: str = "", 
     """A line of the table: the median of the values and their range."""
     row = dict(part=part, what=what, median=statistics.median(values), low=min(values), high=max(values), unit=unit)
     row |= dict(floor=floor, values=values, **more)
-    median, low, high = (f"{row[name]:.{3 if row[name] < 100 else 6}g}" for name in ("median", "low", "high"))
-    print(f"{part:9}{what:62}{median:>8} {unit:9}{f'{low}-{high}' if len(values) > 1 else '':14}{floor}", flush=True)
+    median, low, high = (f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in (row["median"], row["low"], row["high"]))
+    spread = f"{low}-{high}" if len(values) > 1 else ""
+    print(f"{part:9}{what:62}{median:>8} {unit:9}{spread:14}{floor}", flush=True)
     return row
 
 

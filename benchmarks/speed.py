@@ -247,8 +247,8 @@ def step(args: argparse.Namespace, about: dict) -> list[dict]:
     models = {"small Qwen3": (str(folder / "qwen3"), "arithmetic")}
     if args.model:
         models = {Path(args.model).name: (args.model, args.dataset)} | models
-    number = "bfloat16 autocast" if BFLOAT16 else "float32"
-    print(f"step     TRL {metadata.version('trl')}: {number}, no activation checkpointing, beta 0, num_iterations 1,")
+    dtype = "bfloat16 autocast" if BFLOAT16 else "float32"
+    print(f"step     TRL {metadata.version('trl')}: {dtype}, no activation checkpointing, beta 0, num_iterations 1,")
     print("         loss bnpo, a mini-batch per device; its own generation, then transformers' continuous batching")
     ways = ("bupo", "trl default", "trl continuous")
     for name, (model_folder, dataset) in models.items():

@@ -82,6 +82,11 @@ def trl_seconds(s: dict) -> list[float]:
     problems = [dict(prompt=p.messages) for p in bupo.load_problems(s["dataset"], system="")]
     ends = []
 
+    def rewards(completion_ids: list[list[int]], **_) -> list[float]:
+        if any(len(ids) != s["tokens"] for ids in completion_ids):
+            raise RuntimeError("TRL gave completions of other lengths than asked for.")
+        return alternating_rewards(completion_ids)
+
     class Clock(transformers.TrainerCallback):
         def on_train_begin(self, *_, **__):
             ends.append(time.perf_counter())
@@ -97,7 +102,7 @@ def trl_seconds(s: dict) -> list[float]:
         parts = dict(
             train_dataset=datasets.Dataset.from_list(problems), processing_class=tokenizer, callbacks=[Clock()]
         )
-        trl.GRPOTrainer(model=model, reward_funcs=alternating_rewards, args=settings, **parts).train()
+        trl.GRPOTrainer(model=model, reward_funcs=rewards, args=settings, **parts).train()
     ends = ends[:: s["prompts"] // s["mini_batch"]]
     return [after - before for before, after in itertools.pairwise(ends)]
 
