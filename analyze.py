@@ -617,7 +617,7 @@ def draw_overview(found: dict) -> Figure:
     line(reward, curves["reward"], "reward in training", 0)
     line(reward, curves["eval_avg"], f"held-out accuracy, avg@{setting['eval_k']}", 1)
     finish(flow, "Entropy of each layer's policy", f"layer l of {last} (0: embeddings)", "entropy (nats)", rows=3)
-    finish(reward, rf"Phase 1: $\pi^{{{layer}}}$, then $\pi$", "training step", "share of right answers", rows=2)
+    finish(reward, rf"Phase 1: $\pi^{{{layer}}}$, then $\pi$", "training step", "share of right answers", rows=3)
     return figure
 
 

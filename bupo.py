@@ -869,7 +869,7 @@ def token_logps(
         logits = policy_logits(model, hidden, norm).float()  # (n, V)
         logps = logits.div_(temperature).log_softmax(-1)  # (n, V)
         fixed = logps.detach()
-        entropies = -(fixed.exp() * fixed).sum(-1) if entropy else None  # (n,) Eq. 7
+        entropies = -fixed.exp().mul_(fixed).sum(-1) if entropy else None  # (n,) Eq. 7
         return logps.gather(-1, targets[:, None])[:, 0], entropies
 
     chunks = zip(hidden.split(head_tokens), targets.split(head_tokens), strict=True)
@@ -1307,7 +1307,7 @@ def set_up(config: Config, resume: bool) -> Run:
     if config.steps:
         problems = usable_problems(config.dataset, config.train_problems, tokenizer, config)
     betas, decay = (config.beta1, config.beta2), config.weight_decay
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas, weight_decay=decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=betas, weight_decay=decay, fused=True)
     layer = None if config.internal_layer == "auto" else int(config.internal_layer)
     run = Run(config, out, model, tokenizer, optimizer, problems, held_out, num_layers, layer)
     if start:

@@ -140,8 +140,10 @@ def update(s: SimpleNamespace, config: bupo.Config, width: int, layer: int) -> P
     kept = layer * (inputs if config.recompute else inputs + rest)
     deepest = inputs + 2 * width * tokens * s.ffn  # gradients within the FFN, where they are largest
     gradients = 4 * (layer * s.block + s.hidden + (1 if s.tied else 2) * s.head)
-    always, tied = dict(gradients=gradients, kept=kept), 4 * s.head * s.tied
+    always, tied, phase_1 = dict(gradients=gradients, kept=kept), 4 * s.head * s.tied, layer < s.layers
     moments = [
+        # phase 1, before there are gradients: the entropies of a chunk, from logits, log-probabilities and p log p
+        dict(cast=2 * low * (s.head + layer * s.block), logits=(12 + 2 * low) * chunk * phase_1, states=states),
         # the last chunk forward: autocast has cached each matrix that it met (without recomputing they are in `kept`)
         always | dict(cast=2 * low * (s.head + config.recompute * layer * s.block), logits=8 * chunk, states=states),
         # a chunk backward: log-softmax and the gradients of both its sides; the head's gradient so far

@@ -33,7 +33,6 @@ SETTINGS = {
     "BuPO, layer 3, 10 steps (preset)": dict(internal_layer=3, internal_steps=10),
     "BuPO, boundary layer, 10 steps": dict(internal_layer="auto", internal_steps=10),
     "BuPO, layer 5 = L - 1, 10 steps": dict(internal_layer=5, internal_steps=10),
-    "BuPO, layer 3, 5 steps": dict(internal_layer=3, internal_steps=5),
     "BuPO, layer 3, 20 steps": dict(internal_layer=3, internal_steps=20),
     "BuPO, layer 3, 40 steps": dict(internal_layer=3, internal_steps=40),
     "BuPO, layer 3, 60 steps (all)": dict(internal_layer=3, internal_steps=60),
