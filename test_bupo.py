@@ -1413,6 +1413,14 @@ def test_fewer_steps_than_are_done_are_refused_when_resuming(finished, capsys):
 def test_a_changed_setting_is_refused_by_name_when_resuming(finished, capsys):
     assert bupo.main(flags(resume=finished, lr=1.0)) == 2
     assert "--lr cannot change in a resumed run, only --steps" in capsys.readouterr().err
+    config, resume = bupo.parse(flags(resume=finished, steps=9, rows=3, micro_tokens=99))  # what memory may force
+    assert (config.steps, config.rows, config.micro_tokens, config.prompts, resume) == (
+        9,
+        3,
+        99,
+        SHORT["prompts"],
+        True,
+    )
 
 
 # Pictures (analyze.py) ================================================================================================
