@@ -32,7 +32,7 @@ Where this file departs from the paper (P) or from the authors' code (C), on pur
   - pi^l applies the final norm; `--internal-norm none` does not (P Eq. 5, C). P's Table 5 has both.
   - Updates of phase 1 run blocks 1..l only. C runs all L, keeps every hidden state and builds two full logit matrices.
   - The loss averages over all completion tokens of a mini-batch, as C does; `--average sequence` is P's Eq. 3 and 9.
-  - The reward compares mathematical values; C compares strings, so that \boxed{\text{Yes}} is wrong for Yes.
+  - The reward compares mathematical values; C compares text, so that \boxed{\text{Yes}} is wrong for Yes.
   - A mini-batch in which no completion has an advantage is skipped: C would still move the weights, by momentum.
   - Layers count from 1, as in P; C counts from 0. Weights are float32, so that a learning rate of 1e-6 moves them.
 """
@@ -667,10 +667,16 @@ class SlotCache:
             self.keys[i] = F.pad(self.keys[i], (0, 0, 0, missing + 256))
             self.values[i] = F.pad(self.values[i], (0, 0, 0, missing + 256))
 
-    def move(self, rows: list[int], slots: list[int]) -> None:
-        """The sequence of rows[i] goes on in slots[i]."""
-        for store in (*self.keys, *self.values):
-            store[slots] = store[rows]
+    def keep(self, going: list[bool]) -> list[int]:
+        """Let the others' slots be taken over by the last rows that go on; returns which row goes on in each slot."""
+        alive = [row for row in range(len(going)) if going[row]]
+        order = list(range(len(alive)))
+        holes = [slot for slot in order if not going[slot]]
+        for hole in holes:
+            order[hole] = alive.pop()
+        for store in (*self.keys, *self.values) if holes else ():
+            store[holes] = store[[order[hole] for hole in holes]]
+        return order
 
     def seek(self, position: Tensor) -> Tensor:
         """Before a decoding step: the column of each row, (n,). Returns what each may see, (n, 1, 1, columns)."""
@@ -719,12 +725,12 @@ def sample(
         free = cache.slots - len(running)
         if waiting and free >= min(len(waiting), eighth):  # several prompts at a time are read faster
             new: list[int] = []
-            places: dict[tuple, int] = {}  # of each distinct prompt among those read
-            while waiting and len(new) < free and (tuple(prompts[waiting[0]]) in places or len(places) < eighth):
+            distinct: dict[tuple, int] = {}  # prompt -> its row among those read
+            while waiting and len(new) < free and (tuple(prompts[waiting[0]]) in distinct or len(distinct) < eighth):
                 new.append(waiting.popleft())
-                places.setdefault(tuple(prompts[new[-1]]), len(places))
-            owner = [places[tuple(prompts[i])] for i in new]
-            ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in places], batch_first=True)  # (k, T)
+                distinct.setdefault(tuple(prompts[new[-1]]), len(distinct))
+            owner = [distinct[tuple(prompts[i])] for i in new]
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in distinct], batch_first=True)  # (k, T)
             read = decoder(input_ids=ids.to(device), use_cache=True)
             cache.enter(len(running), read.past_key_values, owner)
             lengths = torch.tensor([len(prompts[i]) for i in new], device=device)  # (len(new),)
@@ -750,14 +756,7 @@ def sample(
             done.ended = token in eos_ids
             going.append(not done.ended and len(done.ids) < max_new_tokens)
 
-        # Finished rows leave, and the last of the others take their places: order[slot] is the row that goes on there.
-        alive = [row for row in range(len(running)) if going[row]]
-        order = list(range(len(alive)))
-        holes = [slot for slot in order if not going[slot]]
-        for hole in holes:
-            order[hole] = alive.pop()
-        if holes:
-            cache.move([order[hole] for hole in holes], holes)
+        order = cache.keep(going)  # finished rows leave
         progress.update(len(running) - len(order))
         running = [running[row] for row in order]
         hidden, position = hidden[:0], position[order]  # (0, D), computed anew if any row goes on; (n,)
