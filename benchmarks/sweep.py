@@ -29,7 +29,6 @@ ROOT = Path(bupo.__file__).parent
 STEPS = 60  # of training, as preset
 SETTINGS = {
     "GRPO": dict(internal_steps=0),
-    "BuPO, layer 1, 10 steps": dict(internal_layer=1, internal_steps=10),
     "BuPO, layer 3, 10 steps (preset)": dict(internal_layer=3, internal_steps=10),
     "BuPO, boundary layer, 10 steps": dict(internal_layer="auto", internal_steps=10),
     "BuPO, layer 5 = L - 1, 10 steps": dict(internal_layer=5, internal_steps=10),
