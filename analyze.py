@@ -783,6 +783,7 @@ def speak_from_layers(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of a command line; UsageError for those that do not go together."""
     parser = argparse.ArgumentParser(description="Pictures of internal policies and of runs; each with its numbers.")
     mode, add = parser.add_mutually_exclusive_group(), parser.add_argument
     mode.add_argument("--model", nargs="+", help="models to profile: tiny (default), Hub ids, folders, runs of bupo.py")
@@ -836,6 +837,7 @@ def prepare_out(options: argparse.Namespace) -> Path:
 
 
 def write(out: Path, numbers: dict, figure: Figure) -> None:
+    """Write the numbers and the picture."""
     try:
         Path(f"{out}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
         figure.savefig(f"{out}.png")

@@ -1252,6 +1252,7 @@ def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
 
 @functools.lru_cache(maxsize=4)
 def shuffled(count: int, seed: str) -> list[int]:
+    """The numbers 0..count-1 in the order that `seed` gives."""
     return random.Random(seed).sample(range(count), count)
 
 
@@ -1536,12 +1537,14 @@ def log(file: Path, record: dict) -> None:
 
 
 def say_phase(step: int, layer: int, run: Run) -> None:
+    """Say which policy is optimised from this step on."""
     low = f"the internal policy of layer {layer} of {run.num_layers}"
     name = low if layer < run.num_layers else "the policy pi (GRPO)"
     tqdm.write(f"Phase       {1 + (step > run.config.internal_steps)}, from step {step}: optimises {name}")
 
 
 def say_completion(problem: Problem, text: str, reward: float) -> None:
+    """Show a question, what the model made of it, and its reward."""
     question, text = (" ".join(t.split()) for t in (problem.messages[-1]["content"], text))
     text = text if len(text) < 300 else f"{text[:150]} ... {text[-150:]}"
     tqdm.write(f"Completion  {question[:150]} -> {text}  [answer {problem.answer}, reward {reward:.0f}]")
@@ -1581,6 +1584,7 @@ def advice(metrics: dict, no_reward_steps: int) -> set[str]:
 
 
 def first_line(error: BaseException) -> str:
+    """What an error says, in a line of at most 200 characters."""
     return str(error).strip().partition("\n")[0].rstrip(".")[:200]
 
 
@@ -1654,6 +1658,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def how_to_go_on(config: Config | None) -> str:
+    """The end of a sentence about a run that stopped: how to resume it, if it can be."""
     begun = config and config.steps and config.out and Path(config.out, "config.json").exists()
     return f"; go on with --resume {config.out}" if config and begun else ""
 

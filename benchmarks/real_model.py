@@ -1,6 +1,6 @@
 r"""GRPO and BuPO on a real pretrained model, for a few steps on a CPU: small sums, each asked after one worked example.
 
-    python benchmarks/real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct       # or a folder; about 25 minutes
+    python benchmarks/real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct       # or a folder; about @@ minutes
 
 Two runs of bupo.py that differ in --internal-steps alone. They are in runs/real-model; what they say is drawn to
 assets/real-model.png. Held-out problems are none of the training problems.
@@ -14,27 +14,24 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-EXAMPLE = ("What is 3 x 4 + 15?", r"3 x 4 = 12. 12 + 15 = 27. The answer is \boxed{27}.")
-RUNS = {"grpo": ["--internal-steps", "0"], "bupo": ["--internal-steps", "5"]}
+EXAMPLE = ("What is 14 + 3?", r"14 + 3 = \boxed{17}")
+RUNS = {"grpo": ["--internal-steps", "0"], "bupo": ["--internal-steps", "4"]}
 
 
 def problems() -> list[dict]:
-    """All sums a x b + c of a and b from 2 to 9, c from 1 to 20, shuffled, in the chat form that bupo.py reads."""
-    sums = [(a, b, c) for a in range(2, 10) for b in range(2, 10) for c in range(1, 21)]
+    """All sums a + b of a from 1 to 20 and b from 1 to 9, shuffled, in the chat form that bupo.py reads."""
+    sums = [(a, b) for a in range(1, 21) for b in range(1, 10)]
     random.Random(0).shuffle(sums)
     question, worked = EXAMPLE
     shown = [dict(role="user", content=question), dict(role="assistant", content=worked)]
-    return [
-        dict(prompt=[*shown, dict(role="user", content=f"What is {a} x {b} + {c}?")], answer=str(a * b + c))
-        for a, b, c in sums
-    ]
+    return [dict(prompt=[*shown, dict(role="user", content=f"What is {a} + {b}?")], answer=str(a + b)) for a, b in sums]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="GRPO and BuPO on a real model, on a CPU.")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--internal-layer", default="28", help="SmolLM2 has 30, and no boundary layer")
-    parser.add_argument("--steps", default="20")
+    parser.add_argument("--steps", default="12")
     parser.add_argument("--folder", type=Path, default=Path("runs/real-model"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +48,7 @@ def main() -> None:
         "--eval-every",
         "10",
     ]
-    settings += ["--prompts", "4", "--mini-batch", "2", "--max-completion", "40", "--lr", "2e-5", "--no-recompute"]
+    settings += ["--prompts", "4", "--mini-batch", "2", "--max-completion", "24", "--lr", "2e-5", "--no-recompute"]
     settings += ["--save-every", options.steps]
     for name, own in RUNS.items():
         out = options.folder / name
