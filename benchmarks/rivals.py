@@ -24,16 +24,16 @@ def authors_logps(model: bupo.Model, ids: Tensor, mask: Tensor, layer: int, temp
 def authors_update(model, optimizer, sequences, advantages, layer: int, config: bupo.Config, bfloat16: bool) -> None:
     """`bupo.update` the authors' way, with the same mini-batches and micro-batches."""
     model.train()
-    size, lengths = config.mini_batch * config.group, [len(p) + len(c) for p, c in sequences]
+    size = config.mini_batch * config.group
     autocast, old = torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16), {}
     for begin in range(0, len(sequences), size):
-        for micro in bupo.micro_batches(lengths[begin : begin + size], config.micro_tokens):
+        for micro in bupo.micro_batches(sequences[begin : begin + size], config.micro_tokens):
             with torch.no_grad(), autocast:
                 batch = bupo.pad([sequences[begin + i] for i in micro], model.device)
                 old[begin, tuple(micro)] = authors_logps(model, *batch, layer, config.temperature)
     for begin in range(0, len(sequences), size):
         tokens = sum(len(completion) for _, completion in sequences[begin : begin + size])
-        for micro in bupo.micro_batches(lengths[begin : begin + size], config.micro_tokens):
+        for micro in bupo.micro_batches(sequences[begin : begin + size], config.micro_tokens):
             chosen = [begin + i for i in micro]
             counts = torch.tensor([len(sequences[i][1]) for i in chosen])  # (B,)
             advantage = advantages[chosen].repeat_interleave(counts).to(model.device)  # (N,)

@@ -1,7 +1,7 @@
 r"""GRPO against BuPO on the built-in task: five seeds of each setting, from the command line as anyone would run them.
 
-    python benchmarks/sweep.py                # on two cores about 40 minutes; killed, it goes on where it was
-    python benchmarks/sweep.py --seeds 1      # a first look, in about 8
+    python benchmarks/sweep.py                # on two cores about half an hour; killed, it goes on where it was
+    python benchmarks/sweep.py --seeds 1      # a first look, in about 6
 
 The runs of a seed start from the same warmed-up model and meet the same problems in the same order, so differences are
 taken seed by seed. They differ in the flags of SETTINGS alone; all else is the preset, which was chosen for GRPO and
@@ -143,7 +143,8 @@ def draw(found: dict[str, dict], file: Path) -> None:
             mean = [statistics.fmean(values) for values in zip(*found[name]["curves"][key], strict=True)]
             axis.plot(range(1, len(mean) + 1), mean, color=colour, linestyle=dashes, label=name)
         axis.set(xlabel="step", ylabel=label)
-    axes[0, 1].legend(fontsize=8)
+    handles, labels = axes[0, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(file, dpi=130)
 
 
