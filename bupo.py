@@ -692,6 +692,36 @@ class SlotCache:
         return self.keys[i][: len(key), :, : self.columns], self.values[i][: len(key), :, : self.columns]
 
 
+def next_prompts(waiting: deque[int], prompts: list[list[int]], free: int, most: int) -> list[int]:
+    """Take the next numbers off the queue: at most `free`, of at most `most` different prompts."""
+    taken: list[int] = []
+    seen: set[tuple[int, ...]] = set()
+    while waiting and len(taken) < free and (tuple(prompts[waiting[0]]) in seen or len(seen) < most):
+        taken.append(waiting.popleft())
+        seen.add(tuple(prompts[taken[-1]]))
+    return taken
+
+
+def read_prompts(decoder: nn.Module, prompts: list[list[int]], cache: SlotCache, first: int, device: Any) -> Tensor:
+    """Read n prompts into the cache, equal ones once; returns the hidden state of the last token of each, (n, D)."""
+    rows: dict[tuple[int, ...], int] = {}  # of each different prompt
+    owner = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompts]
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in rows], batch_first=True)  # (k, T)
+    read = decoder(input_ids=ids.to(device), use_cache=True)
+    cache.enter(first, read.past_key_values, owner)
+    ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)  # (n,)
+    return read.last_hidden_state[owner, ends]
+
+
+def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A token for each row of logits (n, V), its log-probability and the entropy of the policy; (n,) each."""
+    logps = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (n, V)
+    probabilities = logps.exp()  # (n, V)
+    greedy = logps.argmax(-1, keepdim=True)  # (n, 1)
+    tokens = torch.multinomial(probabilities, 1, generator=generator) if temperature else greedy  # (n, 1)
+    return tokens[:, 0], logps.gather(-1, tokens)[:, 0], -(probabilities * logps).sum(-1)  # Eq. 7
+
+
 @torch.no_grad()
 def sample(
     model: Model,
@@ -724,29 +754,13 @@ def sample(
     while waiting or running:
         free = cache.slots - len(running)
         if waiting and free >= min(len(waiting), eighth):  # several prompts at a time are read faster
-            new: list[int] = []
-            distinct: dict[tuple, int] = {}  # prompt -> its row among those read
-            while waiting and len(new) < free and (tuple(prompts[waiting[0]]) in distinct or len(distinct) < eighth):
-                new.append(waiting.popleft())
-                distinct.setdefault(tuple(prompts[new[-1]]), len(distinct))
-            owner = [distinct[tuple(prompts[i])] for i in new]
-            ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in distinct], batch_first=True)  # (k, T)
-            read = decoder(input_ids=ids.to(device), use_cache=True)
-            cache.enter(len(running), read.past_key_values, owner)
+            new = next_prompts(waiting, prompts, free, eighth)
+            last = read_prompts(decoder, [prompts[i] for i in new], cache, len(running), device)  # (len(new), D)
             lengths = torch.tensor([len(prompts[i]) for i in new], device=device)  # (len(new),)
-            last = read.last_hidden_state[owner, lengths - 1]  # (len(new), D)
             hidden, position = torch.cat([hidden, last]), torch.cat([position, lengths])
             running += new
-            del read  # else it would hold the prompts' keys and values until more are read
 
-        logps = (lm_head(hidden).float() / (temperature or 1.0)).log_softmax(-1)  # (n, V)
-        probabilities = logps.exp()  # (n, V)
-        if temperature == 0:
-            tokens = logps.argmax(-1)  # (n,)
-        else:
-            tokens = torch.multinomial(probabilities, 1, generator=generator)[:, 0]  # (n,)
-        chosen = logps.gather(-1, tokens[:, None])[:, 0]  # (n,)
-        entropies = -(probabilities * logps).sum(-1)  # (n,) Eq. 7
+        tokens, chosen, entropies = draw(lm_head(hidden), temperature, generator)  # (n,) each
         going = []
         for i, token, logp, entropy in zip(running, tokens.tolist(), chosen.tolist(), entropies.tolist(), strict=True):
             done = completions[i]
@@ -1168,7 +1182,7 @@ def update(
             old_logps[tuple(micro)], entropies = score(micro, entropy=phase_1)
             entropy += 0.0 if entropies is None else float(entropies.sum())
 
-    ratios, clipped, skipped, first_error = [], [], 0, None
+    ratios, clipped, first_error = [], [], None
     grad_norms: list[float] = []
     for mini_batch, micros in zip(mini_batches, plan, strict=True):
         for micro in micros:
@@ -1180,23 +1194,21 @@ def update(
             clipped.append(surrogate.detach() < ratios[-1] * advantage)  # (N,)
         if not micros:
             continue
-        if not grad_norms and not skipped:
+        if not grad_norms:
             first_error = float((torch.cat(ratios) - 1).abs().max())
-        grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
-        if math.isfinite(grad_norm):
+        grad_norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)))
+        if math.isfinite(grad_norms[-1]):
             optimizer.step()
-            grad_norms.append(grad_norm)
-        else:
-            skipped += 1
         optimizer.zero_grad()  # to None: what lies above `layer` must get no zeros, which AdamW would act upon
     ratio = torch.cat(ratios) if ratios else torch.ones(1)
+    finite = [norm for norm in grad_norms if math.isfinite(norm)]
     return dict(
         clipped=float(torch.cat(clipped).float().mean()) if clipped else 0.0,
         ratio_mean=float(ratio.mean()),
         ratio_max=float(ratio.max()),
         first_ratio_error=first_error,  # max |rho - 1| before the first update: anything but rounding is a bug
-        grad_norm=statistics.fmean(grad_norms) if grad_norms else 0.0,
-        skipped_updates=skipped,  # for a gradient that was not finite
+        grad_norm=statistics.fmean(finite) if finite else 0.0,
+        skipped_updates=len(grad_norms) - len(finite),  # for a gradient that was not finite
         **(dict(layer_entropy=entropy / sum(len(c) for _, c in sequences)) if phase_1 else {}),
     )
 
