@@ -1,6 +1,6 @@
 r"""GRPO and BuPO on a real pretrained model, for a few steps on a CPU: small sums, each asked after one worked example.
 
-    python benchmarks/real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct       # or a folder; about ten minutes
+    python benchmarks/real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct       # or a folder; some minutes a run
 
 Two runs of bupo.py that differ in --internal-steps alone. They are in runs/real-model; what they say is drawn to
 assets/real-model.png. Held-out problems are none of the training problems.
