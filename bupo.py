@@ -5,10 +5,12 @@ H^l = H^(l-1) + A^l + F^l. The model draws each token from its policy pi = softm
 block and E_u the unembedding, lm_head. Send the hidden state of a *lower* block through the same norm and lm_head and
 you get an *internal layer policy* pi^l = softmax(E_u norm(H^l)).
 
-BuPO is GRPO whose first steps optimise one low pi^l, and whose later steps optimise pi. Completions always come from
-pi; there is no KL term and no reference model. So GRPO is BuPO at l = L, and pi^l is simply the model with its upper
-blocks taken away: training has one log-probability, one loss, and a layer number. In phase 1 blocks 1..l, the
-embeddings, the final norm and lm_head learn; the blocks above l stay as they are.
+GRPO draws G completions of each problem, compares the reward of each with its group's mean, and makes the better ones
+likelier, clipped so that no update goes far. BuPO is GRPO whose first steps optimise one low pi^l, and whose later
+steps optimise pi. Completions always come from pi; in phase 1 it is their probability under pi^l that is raised or
+lowered. There is no KL term and no reference model. So GRPO is BuPO at l = L, and pi^l is simply the model with its
+upper blocks taken away: training has one log-probability, one loss, and a layer number. In phase 1 blocks 1..l, the
+embeddings, lm_head and, if pi^l has it, the final norm learn; the blocks above l stay as they are.
 
 Why it should help, says the paper: low layers still explore (their FFNs raise entropy) while high ones converge, and
 an internal policy that is rewarded makes its layers find early what reasoning needs, for the upper ones to build on.
@@ -99,8 +101,9 @@ def setting(tiny: Any, other: Any, help: str, least: float = 0, choices: tuple[s
 class Config:
     """The settings of a run; each is a flag. What is not given takes the default of its model's column."""
 
+    # setting(default for the built-in model, default for any other, what it is)
     model: str = setting("tiny", "tiny", "tiny (built in), a Hub id, a folder, or the folder of a run")
-    # The problems: (the default for the built-in model, the default for any other)
+    # The problems:
     dataset: str = setting("arithmetic", DATA + "deepmath-5k.parquet", "training problems (paper: these 5,000)")
     eval_dataset: str = setting("arithmetic-heldout", DATA + "math500.parquet", "held-out problems (paper: 4 sets)")
     train_problems: int = setting(0, 0, "use only the first so many training problems; 0 is all (paper: all)")
@@ -332,7 +335,9 @@ def math_reward(completion: str, answer: str) -> float:
     order of letters (HTH would be HHT), a prime (f'(x) would be f(x)) or an ellipsis.
     """
     boxed = extract_boxed(completion)
-    if boxed is None or len(boxed) > 1000:
+    if boxed is None:
+        return 0.0
+    if len(boxed) > 1000:
         return float(boxed == answer.strip())
     (given, given_unit), (gold, gold_unit) = split_unit(normalise(boxed)), split_unit(normalise(answer))
     if not given or (given_unit and gold_unit and given_unit != gold_unit):
@@ -668,14 +673,15 @@ class SlotCache:
             self.values[i] = F.pad(self.values[i], (0, 0, 0, missing + 256))
 
     def keep(self, going: list[bool]) -> list[int]:
-        """Let the others' slots be taken over by the last rows that go on; returns which row goes on in each slot."""
+        """Close the gaps that finished rows leave: the last rows move into their slots. Returns each slot's old row."""
         alive = [row for row in range(len(going)) if going[row]]
         order = list(range(len(alive)))
         holes = [slot for slot in order if not going[slot]]
         for hole in holes:
             order[hole] = alive.pop()
-        for store in (*self.keys, *self.values) if holes else ():
-            store[holes] = store[[order[hole] for hole in holes]]
+        if holes:
+            for store in (*self.keys, *self.values):
+                store[holes] = store[[order[hole] for hole in holes]]
         return order
 
     def seek(self, position: Tensor) -> Tensor:
@@ -693,7 +699,7 @@ class SlotCache:
 
 
 def next_prompts(waiting: deque[int], prompts: list[list[int]], free: int, most: int) -> list[int]:
-    """Take the next numbers off the queue: at most `free`, of at most `most` different prompts."""
+    """Take the next indices off the queue: at most `free`, of at most `most` different prompts."""
     taken: list[int] = []
     seen: set[tuple[int, ...]] = set()
     while waiting and len(taken) < free and (tuple(prompts[waiting[0]]) in seen or len(seen) < most):
@@ -717,8 +723,7 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) 
     """A token for each row of logits (n, V), its log-probability and the entropy of the policy; (n,) each."""
     logps = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (n, V)
     probabilities = logps.exp()  # (n, V)
-    greedy = logps.argmax(-1, keepdim=True)  # (n, 1)
-    tokens = torch.multinomial(probabilities, 1, generator=generator) if temperature else greedy  # (n, 1)
+    tokens = probabilities.multinomial(1, generator=generator) if temperature else logps.argmax(-1, True)  # (n, 1)
     return tokens[:, 0], logps.gather(-1, tokens)[:, 0], -(probabilities * logps).sum(-1)  # Eq. 7
 
 
@@ -745,13 +750,14 @@ def sample(
     model.eval()  # in training mode with activation checkpointing, transformers drops the cache without a word
     decoder, lm_head, device = model.get_decoder(), model.get_output_embeddings(), model.device
     completions = [Completion() for _ in prompts]
-    waiting = deque(range(len(prompts)))  # numbers of prompts
+    waiting = deque(range(len(prompts)))  # indices of prompts
     running: list[int] = []  # likewise; running[i] is in row i
     cache, eighth = SlotCache(min(rows, len(prompts))), max(1, rows // 8)
     hidden = torch.empty(0, model.config.hidden_size, dtype=model.dtype, device=device)  # (n, D), of each last token
     position = torch.empty(0, dtype=torch.long, device=device)  # (n,), of each row's next token
-    progress = tqdm(total=len(prompts), desc=bar, leave=False, disable=None if bar else True)
+    progress = tqdm(total=len(prompts), desc=bar, leave=False, disable=None if bar else True)  # None: on a terminal
     while waiting or running:
+        # New prompts enter.
         free = cache.slots - len(running)
         if waiting and free >= min(len(waiting), eighth):  # several prompts at a time are read faster
             new = next_prompts(waiting, prompts, free, eighth)
@@ -760,6 +766,7 @@ def sample(
             hidden, position = torch.cat([hidden, last]), torch.cat([position, lengths])
             running += new
 
+        # Each row draws a token.
         tokens, chosen, entropies = draw(lm_head(hidden), temperature, generator)  # (n,) each
         going = []
         for i, token, logp, entropy in zip(running, tokens.tolist(), chosen.tolist(), entropies.tolist(), strict=True):
@@ -770,7 +777,8 @@ def sample(
             done.ended = token in eos_ids
             going.append(not done.ended and len(done.ids) < max_new_tokens)
 
-        order = cache.keep(going)  # finished rows leave
+        # Finished rows leave, the others read their token.
+        order = cache.keep(going)
         progress.update(len(running) - len(order))
         running = [running[row] for row in order]
         hidden, position = hidden[:0], position[order]  # (0, D), computed anew if any row goes on; (n,)
@@ -819,8 +827,8 @@ def internal_hidden(model: Model, ids: Tensor, layer: int) -> Tensor:
 def policy_logits(model: Model, hidden: Tensor, norm: bool = True) -> Tensor:
     """Logits (..., V) of the policy that speaks from `hidden` (..., D): E_u norm(h), or E_u h without the norm.
 
-    With H^L this is the policy (Eq. 1), with H^l an internal layer policy (Eq. 5), with A^l or F^l and no norm an
-    internal modular policy (Eq. 6).
+    With H^L this is the policy (Eq. 1), with H^l an internal layer policy (Eq. 5, which has no norm), with A^l or F^l
+    and no norm an internal modular policy (Eq. 6).
     """
     return model.get_output_embeddings()(model.get_decoder().norm(hidden) if norm else hidden)
 
@@ -830,26 +838,25 @@ def pad(sequences: Sequences, device: str | torch.device) -> tuple[Tensor, Tenso
 
     The mask comes from the lengths, never from token values: a pad id may well be an end id.
     """
-    ids = nn.utils.rnn.pad_sequence([torch.tensor([*prompt, *completion]) for prompt, completion in sequences], True)
-    column = torch.arange(ids.shape[1])  # (T,)
-    starts = torch.tensor([[len(prompt)] for prompt, _ in sequences])  # (B, 1)
-    ends = torch.tensor([[len(prompt) + len(completion)] for prompt, completion in sequences])  # (B, 1)
-    return ids.to(device), ((starts <= column) & (column < ends)).to(device)
+    tokens = [torch.tensor([*prompt, *completion]) for prompt, completion in sequences]
+    marks = [torch.tensor([False] * len(prompt) + [True] * len(completion)) for prompt, completion in sequences]
+    ids, mask = (nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (tokens, marks))  # (B, T) each
+    return ids.to(device), mask.to(device)
 
 
 def micro_batches(sequences: Sequences, tokens: int, numbers: Iterable[int] | None = None) -> list[list[int]]:
-    """Split sequences, those of the given numbers or all, into groups: lists of their numbers.
+    """Split sequences, those of the given numbers or all, into micro-batches: lists of their numbers.
 
-    A group, padded to its longest sequence, holds at most `tokens` tokens, or is a single sequence. Shortest first, so
-    that little of a group is padding.
+    A micro-batch, padded to its longest sequence, holds at most `tokens` tokens, or is a single sequence. Shortest
+    first, so that little of it is padding.
     """
     lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
-    groups: list[list[int]] = []
+    micros: list[list[int]] = []
     for i in sorted(range(len(lengths)) if numbers is None else numbers, key=lengths.__getitem__):
-        if not groups or (len(groups[-1]) + 1) * lengths[i] > tokens:
-            groups.append([])
-        groups[-1].append(i)
-    return groups
+        if not micros or (len(micros[-1]) + 1) * lengths[i] > tokens:
+            micros.append([])
+        micros[-1].append(i)
+    return micros
 
 
 def predicting(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -938,8 +945,8 @@ def entropy_profile(
     model.eval()
     last = len(model.get_decoder().layers)
     sums = {name: [0.0] * (last + (name == "layer")) for name in names}
-    for group in micro_batches(sequences, micro_tokens):
-        ids, mask = pad([sequences[i] for i in group], model.device)
+    for micro in micro_batches(sequences, micro_tokens):
+        ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
 
         def add(name: str, layer: int, tensor: Tensor, mask: Tensor = mask) -> None:
             if name not in names:
@@ -964,10 +971,9 @@ def boundary_layer(ffn_entropy_change: list[float], tolerance: float = 0.1) -> i
     where the change turns to about zero or below. If no layer explores this is L, whose policy is pi itself.
     """
     threshold = tolerance * max(0.0, *ffn_entropy_change)
-    explores = [change > threshold for change in ffn_entropy_change]
-    start = explores.index(True) if True in explores else len(explores)
+    explores = [change > threshold for change in ffn_entropy_change] + [False]  # above layer L nothing does
     # The index, from 0, of the first layer that explores no more is the number, from 1, of the last that does.
-    return explores.index(False, start) if False in explores[start:] else len(explores)
+    return explores.index(False, explores.index(True)) if True in explores else len(ffn_entropy_change)
 
 
 # 7 Objective ==========================================================================================================
@@ -1060,18 +1066,17 @@ def train(config: Config, resume: bool = False) -> Path:
     device, bfloat16 = run.model.device, run.actor is not run.model
     bar = tqdm(total=config.steps, initial=run.done, desc="training", unit="step", disable=not config.steps)
     try:
-        if run.done % config.eval_every == 0 or run.done == config.steps:
+        if run.done % config.eval_every == 0 or run.done == config.steps:  # a resumed run has lost this one
             evaluate_run(run)
         for step in range(run.done + 1, config.steps + 1):
             # 1 Draw problems, and G completions of each from the full policy pi, in either phase.
             began = time.perf_counter()
-            numbers = problems_of_step(step, len(run.problems), config.prompts, config.seed)
-            asked = [run.problems[i] for i in numbers for _ in range(config.group)]
-            encoded = [encode(run.tokenizer, run.problems[i], config.thinking) for i in numbers]
-            prompts = [ids for ids in encoded for _ in range(config.group)]
+            drawn = [run.problems[i] for i in problems_of_step(step, len(run.problems), config.prompts, config.seed)]
+            asked = [problem for problem in drawn for _ in range(config.group)]
+            prompts = [ids for p in drawn for ids in [encode(run.tokenizer, p, config.thinking)] * config.group]
             ends, stream = end_tokens(run.model, run.tokenizer), random_stream(device, config.seed, f"rollout {step}")
-            limits = config.max_completion, ends, config.temperature, config.rows
-            completions = sample(run.actor, prompts, *limits, stream, "rollouts")
+            how = config.max_completion, ends, config.temperature, config.rows
+            completions = sample(run.actor, prompts, *how, stream, "rollouts")
             sequences = [(prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True)]
             rollout_seconds = time.perf_counter() - began
             mismatch = sampling_error(run.actor, sequences, completions, config)
@@ -1085,7 +1090,7 @@ def train(config: Config, resume: bool = False) -> Path:
 
             # 4 Choose the policy to optimise: pi^l in phase 1, then pi.
             if run.internal_layer is None:  # `auto`
-                run.internal_layer = find_boundary(run.actor, sequences, config) if config.internal_steps else 0
+                run.internal_layer = find_boundary(run.actor, sequences, config)
             layer = optimised_layer(step, config.internal_steps, run.internal_layer, run.num_layers)
             if step in (1, config.internal_steps + 1):
                 say_phase(step, layer, run)
@@ -1093,27 +1098,18 @@ def train(config: Config, resume: bool = False) -> Path:
             with finish_first():  # Ctrl-C waits until the step is whole
                 # 5 Climb the clipped surrogate of that policy, one optimizer update per mini-batch.
                 run.whole, updating = False, time.perf_counter()
-                for parameters in run.optimizer.param_groups:
-                    parameters["lr"] = config.lr * min(1.0, step / config.lr_ramp)
+                for param_group in run.optimizer.param_groups:
+                    param_group["lr"] = config.lr * min(1.0, step / config.lr_ramp)
                 updated = update(run.model, run.optimizer, sequences, advantages.flatten(), layer, config, bfloat16)
                 if bfloat16:
                     refresh(run.actor, run.model)
                 update_seconds = time.perf_counter() - updating
 
                 # 6 Log; save and evaluate now and then.
+                metrics = dict(step=step, layer=layer) | rollout_metrics(completions, rewards, advantages) | updated
                 tokens = sum(len(c.ids) for c in completions)
-                entropy = sum(sum(c.entropies) for c in completions) / tokens
-                metrics = dict(
-                    step=step,
-                    layer=layer,
-                    reward=statistics.fmean(rewards),
-                    entropy=entropy,
-                    layer_entropy=updated.pop("layer_entropy", entropy),  # in phase 2 the policy optimised is pi
-                    completion_tokens=tokens / len(completions),
-                    truncated=statistics.fmean(not c.ended for c in completions),
-                    no_signal=statistics.fmean((advantages == 0).all(-1).tolist()),
+                metrics |= dict(
                     sampling_error=mismatch,
-                    **updated,
                     rollout_tokens_per_s=tokens / rollout_seconds,
                     update_tokens_per_s=tokens / update_seconds,
                     peak_memory_gb=peak_memory_gb(device),
@@ -1154,17 +1150,18 @@ def update(
     """Climb the mean clipped surrogate of pi^layer (Eq. 9; Eq. 3 at l = L), one optimizer update per mini-batch.
 
     sequences: (prompt, completion) pairs of token ids, those of a problem side by side; advantages: one number each.
-    A completion whose advantage is 0 has no gradient: its tokens count in the mean, but the network is spared them. A
+    A completion whose advantage is 0 has no gradient: its tokens count in the mean, but there is no backward pass. A
     mini-batch of nothing else makes no update, since momentum and weight decay would turn zeros into one. Returns what
     the log says.
     """
     model.train()
-    size, everyone = config.mini_batch * config.group, range(len(sequences))
-    mini_batches = [everyone[begin : begin + size] for begin in everyone[::size]]
-    advantages, signal = advantages.to(model.device), (advantages != 0).tolist()
-    with_signal = [[i for i in mini_batch if signal[i]] for mini_batch in mini_batches]
-    plan = [micro_batches(sequences, config.micro_tokens, numbers) for numbers in with_signal]
-    phase_1 = layer < len(model.get_decoder().layers)
+    size, everyone, signal = config.mini_batch * config.group, range(len(sequences)), (advantages != 0).tolist()
+    plan = []  # (a mini-batch, what of it has an advantage, in micro-batches)
+    for begin in everyone[::size]:
+        mini_batch = everyone[begin : begin + size]
+        if learning := [i for i in mini_batch if signal[i]]:
+            plan.append((mini_batch, micro_batches(sequences, config.micro_tokens, learning)))
+    advantages, internal = advantages.to(model.device), layer < len(model.get_decoder().layers)
 
     def score(micro: list[int], entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """log pi^l of the N completion tokens of a micro-batch (N,), and if asked the entropies of pi^l there (N,)."""
@@ -1173,18 +1170,18 @@ def update(
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
             return token_logps(model, ids, mask, layer, norm, config.temperature, config.head_tokens, entropy)
 
-    # Before the first update: pi^l_old, in the micro-batches of the updates, so that at first rho is 1 to the last bit.
-    # And in phase 1 the entropy of pi^l, of all completions; that of pi is known from the rollout.
-    others = [i for i in everyone if not signal[i]] if phase_1 else []
-    old_logps, entropy = {}, 0.0
+    # Before the first update: pi^l_old, in the micro-batches of the updates, so that rho is 1 at first, rounding too.
+    # And of an internal policy the entropy, of all completions; that of pi is known from the rollout.
+    others = [i for i in everyone if not signal[i]] if internal else []
+    old_logps, entropy_sum = {}, 0.0
     with torch.no_grad():
-        for micro in itertools.chain(*plan, micro_batches(sequences, config.micro_tokens, others)):
-            old_logps[tuple(micro)], entropies = score(micro, entropy=phase_1)
-            entropy += 0.0 if entropies is None else float(entropies.sum())
+        for micro in itertools.chain(*(m for _, m in plan), micro_batches(sequences, config.micro_tokens, others)):
+            old_logps[tuple(micro)], entropies = score(micro, entropy=internal)
+            entropy_sum += 0.0 if entropies is None else float(entropies.sum())
 
-    ratios, clipped, first_error = [], [], None
+    ratios, clipped, first_error = [], [], None  # of the completions that have an advantage
     grad_norms: list[float] = []
-    for mini_batch, micros in zip(mini_batches, plan, strict=True):
+    for mini_batch, micros in plan:
         for micro in micros:
             old, (logps, _) = old_logps[tuple(micro)], score(micro)  # (N,) each
             weight, advantage = per_token(sequences, advantages, mini_batch, micro, config.average)  # (N,) each
@@ -1192,8 +1189,6 @@ def update(
             (-(weight * surrogate).sum()).backward()
             ratios.append((logps.detach() - old).exp())  # (N,)
             clipped.append(surrogate.detach() < ratios[-1] * advantage)  # (N,)
-        if not micros:
-            continue
         if not grad_norms:
             first_error = float((torch.cat(ratios) - 1).abs().max())
         grad_norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)))
@@ -1209,7 +1204,7 @@ def update(
         first_ratio_error=first_error,  # max |rho - 1| before the first update: anything but rounding is a bug
         grad_norm=statistics.fmean(finite) if finite else 0.0,
         skipped_updates=len(grad_norms) - len(finite),  # for a gradient that was not finite
-        **(dict(layer_entropy=entropy / sum(len(c) for _, c in sequences)) if phase_1 else {}),
+        **(dict(layer_entropy=entropy_sum / sum(len(c) for _, c in sequences)) if internal else {}),
     )
 
 
@@ -1222,10 +1217,9 @@ def per_token(
     ('sequence'). Weighted so, gradients do not depend on how a mini-batch is split into micro-batches.
     """
     counts = torch.tensor([len(sequences[i][1]) for i in micro], device=advantages.device)  # (B,)
-    total = sum(len(sequences[i][1]) for i in mini_batch)
     weights = 1.0 / (len(mini_batch) * counts)  # (B,)
     if average == "token":
-        weights = torch.full_like(weights, 1.0 / total)  # (B,)
+        weights = torch.full_like(weights, 1.0 / sum(len(sequences[i][1]) for i in mini_batch))  # (B,)
     return weights.repeat_interleave(counts), advantages[micro].repeat_interleave(counts)
 
 
@@ -1247,7 +1241,7 @@ def find_boundary(model: Model, sequences: Sequences, config: Config) -> int:
 @torch.no_grad()
 def sampling_error(model: Model, sequences: Sequences, completions: list[Completion], config: Config) -> float:
     """Mean difference in nats between log pi of a token as sampled and as scored: rounding, or a bug. 8 completions."""
-    numbers, errors = range(0, len(sequences), max(1, len(sequences) // 8)), []
+    numbers, errors = range(0, len(sequences), max(1, len(sequences) // 8))[:8], []
     for micro in micro_batches(sequences, config.micro_tokens, numbers):
         batch = pad([sequences[i] for i in micro], model.device)  # (B, T) each
         top, chunk = len(model.get_decoder().layers), config.head_tokens
@@ -1269,6 +1263,20 @@ def shuffled(count: int, seed: str) -> list[int]:
 
 
 # Below: the machine, files and words. Nothing of the method.
+
+
+def rollout_metrics(completions: list[Completion], rewards: list[float], advantages: Tensor) -> dict[str, float]:
+    """What the log says of a rollout."""
+    tokens = sum(len(c.ids) for c in completions)
+    entropy = sum(sum(c.entropies) for c in completions) / tokens
+    return dict(
+        reward=statistics.fmean(rewards),
+        entropy=entropy,
+        layer_entropy=entropy,  # if the policy optimised is pi; else `update` has it
+        completion_tokens=tokens / len(completions),
+        truncated=statistics.fmean(not c.ended for c in completions),
+        no_signal=statistics.fmean((advantages == 0).all(-1).tolist()),
+    )
 
 
 @dataclass
@@ -1313,14 +1321,13 @@ def set_up(config: Config, resume: bool) -> Run:
     shape = f"{type(model).__name__}, {num_layers} layers, {size:.1f} M weights"
     print(f"Model       {config.model}: {shape}, {'bfloat16' if bfloat16 else 'float32'} on {device}")
     check_against_model(config, model, tokenizer)
-    held_out, problems = [], []
-    if config.eval_problems:
-        held_out = usable_problems(config.eval_dataset, config.eval_problems, tokenizer, config)
-    if config.steps:
-        problems = usable_problems(config.dataset, config.train_problems, tokenizer, config)
+    source, most = config.eval_dataset, config.eval_problems
+    held_out = usable_problems(source, most, tokenizer, config) if most else []
+    problems = usable_problems(config.dataset, config.train_problems, tokenizer, config) if config.steps else []
     betas, decay = (config.beta1, config.beta2), config.weight_decay
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=betas, weight_decay=decay, fused=True)
     layer = None if config.internal_layer == "auto" else int(config.internal_layer)
+    layer = layer if config.internal_steps else num_layers
     run = Run(config, out, model, tokenizer, optimizer, problems, held_out, num_layers, layer)
     if start:
         load_training_state(start, run)
@@ -1351,8 +1358,9 @@ def evaluate_run(run: Run) -> None:
         ids = dict(prompt_ids=encode(run.tokenizer, problem, c.thinking), ids=completion.ids)
         text = dict(completion=decode(run.tokenizer, completion), ended=completion.ended, reward=reward)
         log(run.out / "completions.jsonl", dict(step=run.done, **asked, **text, **ids))
-    average, error, passed = metrics["eval_avg"], metrics["eval_se"] or 0.0, metrics["eval_pass"][-1]
-    score = f"avg@{c.eval_k} {average:.1%} (standard error {error:.1%}), pass@{c.eval_k} {passed:.1%}"
+    average, error, passed = metrics["eval_avg"], metrics["eval_se"], metrics["eval_pass"][-1]
+    known = "" if error is None else f" (standard error {error:.1%})"
+    score = f"avg@{c.eval_k} {average:.1%}{known}, pass@{c.eval_k} {passed:.1%}"
     tqdm.write(f"Evaluation  step {run.done}: {score}, {len(run.held_out)} held-out problems")
 
 
@@ -1433,7 +1441,7 @@ def check_against_model(config: Config, model: Model, tokenizer: Tokenizer) -> N
 
 def usable_problems(source: str, limit: int, tokenizer: Tokenizer, config: Config) -> list[Problem]:
     """The problems whose prompts have at most --max-prompt tokens; the others are counted, not cut."""
-    problems = load_problems(source, limit or None, config.system)
+    problems = load_problems(source, limit, config.system)
     try:
         fitting = [p for p in problems if len(encode(tokenizer, p, config.thinking)) <= config.max_prompt]
     except jinja2.TemplateError as error:
@@ -1584,10 +1592,7 @@ def advice(metrics: dict, no_reward_steps: int) -> set[str]:
     notes = [
         (no_reward_steps >= 20, "no reward in 20 steps: read completions.jsonl; are answers boxed, problems too hard?"),
         (metrics["truncated"] > 0.5, "most completions are cut off: raise --max-completion"),
-        (
-            metrics["no_signal"] > 0.8,
-            "most groups have equal rewards and teach nothing: raise --group, or change --dataset",
-        ),
+        (metrics["no_signal"] > 0.8, "most groups have equal rewards: raise --group, or change --dataset"),
         (metrics["entropy"] < 0.02, "the entropy is nearly 0, nothing is left to explore: lower --lr or stop earlier"),
         (wrong_ratio, "the ratio is not 1 before the first update: please report this bug"),
         (metrics["sampling_error"] > 0.1, "what is sampled is not what is scored: please report this bug"),
@@ -1613,7 +1618,7 @@ def peak_memory_gb(device: torch.device) -> float | None:
 
 # 10 Command line ======================================================================================================
 
-# When a run is resumed. The last four change nothing but rounding and the order of random draws: what memory needs.
+# What --resume may change; the last four, for the sake of memory, change only rounding and the order of random draws.
 MAY_CHANGE = ("steps", "save_every", "keep", "rows", "micro_tokens", "head_tokens", "recompute")
 
 

@@ -999,7 +999,12 @@ def test_a_finished_run_can_be_evaluated_with_the_settings_of_its_origin(finishe
     )
     (metrics,) = lines(tmp_path / "b" / "metrics.jsonl")
     assert metrics["eval_avg"] == lines(finished / "metrics.jsonl")[-1]["eval_avg"]
-    assert re.search(r"avg@2 .* 4 held-out problems", capsys.readouterr().out)
+    assert re.search(
+        r"avg@2 [\d.]+% \(standard error [\d.]+%\), pass@2 .* 4 held-out problems", capsys.readouterr().out
+    )
+    one = flags(model=finished, steps=0, out=tmp_path / "c", eval_problems=1, eval_k=2, max_completion=12)
+    assert bupo.main(one) == 0
+    assert re.search(r"avg@2 [\d.]+%, pass@2 .* 1 held-out problems", capsys.readouterr().out)  # one has no error
     assert json.loads((tmp_path / "b" / "config.json").read_text())["eval_dataset"] == "arithmetic-heldout"
     assert not (tmp_path / "b" / "model").exists()
 

@@ -63,12 +63,16 @@ EXERCISES = {
     "boundary_layer": (
         "test_boundary_layer",
         [
-            ("counted from 0", "explores.index(False, start) if", "explores.index(False, start) - 1 if"),
-            ("the layer after", "explores.index(False, start) if", "explores.index(False, start) + 1 if"),
+            ("counted from 0", "(True)) if", "(True)) - 1 if"),
+            ("the layer after", "(True)) if", "(True)) + 1 if"),
             ("any positive change explores", "tolerance * max(0.0, *ffn_entropy_change)", "0.0"),
             ("tolerance in nats", "tolerance * max(0.0, *ffn_entropy_change)", "tolerance"),
-            ("region must begin at layer 1", "explores.index(True) if True in explores else len(explores)", "0"),
-            ("last exploring layer of all", "index(False, start) if", "__len__() - explores[::-1].index(True) if"),
+            ("region must begin at layer 1", "explores.index(True)) if", "0) if"),
+            (
+                "last exploring layer of all",
+                "index(False, explores.index(True))",
+                "__len__() - explores[::-1].index(True)",
+            ),
             ("a change of 0 explores", "change > threshold", "change >= threshold"),
         ],
     ),
