@@ -869,8 +869,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("analyze.py: out of GPU memory; lower --rows, --micro-tokens or --head-tokens.", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not bupo.out_of_memory(error):
+            raise
+        print("analyze.py: out of memory; lower --rows, --micro-tokens or --head-tokens.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nanalyze.py: stopped.", file=sys.stderr)

@@ -511,6 +511,8 @@ def load_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> 
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
             model, found = loaded
         except Exception as error:  # of many kinds, from the libraries that read foreign files
+            if out_of_memory(error):
+                raise
             strange = Path(name).exists() and not Path(source, "config.json").exists()
             why = "it is no folder with a model in the Hugging Face layout" if strange else first_line(error)
             raise UsageError(f"The model {name} cannot be loaded ({why}); check name and connection.") from error
@@ -1366,6 +1368,8 @@ def evaluate_run(run: Run) -> None:
 
 def choose_device(config: Config) -> tuple[torch.device, bool]:
     """The device, and whether to compute in bfloat16."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a growing cache would leave holes
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, so at each decoding step
     name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(0, device=name).device
@@ -1535,6 +1539,8 @@ def load_training_state(folder: Path, run: Run) -> None:
         run.optimizer.load_state_dict(state["optimizer"])
         run.done, run.internal_layer, run.log_sizes = state["done"], state["internal_layer"], state["log_sizes"]
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        if out_of_memory(error):
+            raise
         raise UsageError(DAMAGED.format(folder)) from error
 
 
@@ -1605,6 +1611,11 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")[:200]
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, the GPU's or the machine's: torch, CUDA and its libraries say it in their own ways."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)))
+
+
 def peak_memory_gb(device: torch.device) -> float | None:
     """Peak memory of the run so far, in GB: allocated on the GPU, else resident; None where no one tells."""
     if device.type == "cuda":
@@ -1664,9 +1675,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"bupo.py: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         flags = "--rows, --micro-tokens or --head-tokens"
-        print(f"bupo.py: out of GPU memory; lower {flags}{how_to_go_on(config)}.", file=sys.stderr)
+        print(f"bupo.py: out of memory; lower {flags}{how_to_go_on(config)}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nbupo.py: stopped{how_to_go_on(config)}.", file=sys.stderr)

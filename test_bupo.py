@@ -1282,13 +1282,56 @@ def test_code_of_a_checkpoint_is_never_run_and_no_one_is_asked(finished, tmp_pat
     assert not (tmp_path / "ran").exists()
 
 
-def test_running_out_of_gpu_memory_names_the_three_flags(monkeypatch, capsys):
-    def out_of_memory(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_cuda_is_set_up_for_sequences_of_many_lengths(monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    bupo.choose_device(bupo.Config())
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
+    bupo.choose_device(bupo.Config())
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:128"  # the user's own stays
 
-    monkeypatch.setattr(bupo, "train", out_of_memory)
+
+MEMORY_ERRORS = {
+    "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cuda": torch.AcceleratorError("CUDA error: out of memory"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "python": MemoryError(),
+}
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", MEMORY_ERRORS.values(), ids=MEMORY_ERRORS)
+def test_running_out_of_memory_names_the_three_flags(error, monkeypatch, capsys):
+    monkeypatch.setattr(bupo, "train", raising(error))
     assert bupo.main([]) == 2
     assert "--rows, --micro-tokens or --head-tokens" in capsys.readouterr().err
+
+
+def test_running_out_of_memory_on_a_cpu_does_too_and_other_errors_are_not_hidden(monkeypatch, capsys):
+    monkeypatch.setattr(bupo, "train", lambda *_: torch.empty(2**50))
+    assert bupo.main([]) == 2
+    assert "out of memory; lower --rows" in capsys.readouterr().err
+    monkeypatch.setattr(bupo, "train", raising(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        bupo.main([])
+
+
+@pytest.mark.parametrize("where", ["torch.load", "transformers.AutoModelForCausalLM.from_pretrained"])
+def test_a_checkpoint_is_not_called_damaged_when_memory_is_short(where, undisturbed, tmp_path, monkeypatch, capsys):
+    run = copied(undisturbed, tmp_path / "a")
+    monkeypatch.setattr(where, raising(torch.OutOfMemoryError("CUDA out of memory")))
+    assert bupo.main(flags(resume=run)) == 2
+    said = capsys.readouterr().err
+    assert "out of memory" in said
+    assert not re.search("damaged|cannot be loaded", said)
 
 
 def test_ten_updates_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypatch, capsys):
