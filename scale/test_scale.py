@@ -143,6 +143,7 @@ def test_losses_and_gradients_are_those_of_bupo(tmp_path, monkeypatch, norm, int
     ("flags", "sentence"),
     [
         ("--internal-layer 3 --micro-batch 7", "--micro-batch 7 times the number of processes, 1, must divide"),
+        ("--internal-layer 3 --device cuda:1", "--device must be auto or cpu, not cuda:1"),
         ("--internal-layer auto", "--internal-layer must be a number here"),
         ("--internal-layer 3 --resume {out}", "There is no checkpoint in"),
         ("--internal-layer 9 --dataset arithmetic", "--internal-layer must be 1 to 6"),

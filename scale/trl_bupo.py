@@ -20,6 +20,7 @@ import bupo
 from bupo import Config, UsageError, encode, first_layers, group_advantages, math_rewards, optimised_layer
 
 try:
+    import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 except ImportError as error:
@@ -119,6 +120,7 @@ def trainer_config(config: Config, size: int, processes: int, vllm: str = "off")
     draws = dict(max_completion_length=config.max_completion, temperature=config.temperature)
     engine = dict(use_vllm=vllm != "off", vllm_mode="server" if vllm == "server" else "colocate")
     adam = dict(learning_rate=config.lr, adam_beta1=config.beta1, adam_beta2=config.beta2)
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
     log = dict(logging_steps=updates, save_steps=config.save_every * updates, save_total_limit=config.keep or None)
     return BuPOConfig(
         **(phase_1 | batch | draws | engine | adam | log),
@@ -129,7 +131,7 @@ def trainer_config(config: Config, size: int, processes: int, vllm: str = "off")
         weight_decay=config.weight_decay,
         max_grad_norm=config.grad_clip,
         gradient_checkpointing=config.recompute,
-        bf16=bupo.choose_device(config)[1],
+        bf16=config.precision == "bfloat16" or (config.precision == "auto" and on_gpu),
         use_cpu=config.device == "cpu",
         seed=config.seed,
         output_dir=config.out,
@@ -143,6 +145,8 @@ def train(config: Config, size: int, vllm: str, resume: str | None) -> None:
     micro_batches(config, size, processes)  # before anything slow
     if not config.out:
         raise UsageError("Name a new or empty folder with --out.")
+    if config.device not in ("auto", "cpu"):
+        raise UsageError(f"--device must be auto or cpu, not {config.device}: each process gets its own GPU.")
     bupo.run_folder(config, bool(resume))
     if resume and not bupo.checkpoints(out):
         raise UsageError(f"There is no checkpoint in {out}; start anew with --out.")
