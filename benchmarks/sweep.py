@@ -40,12 +40,13 @@ SETTINGS = {
 
 
 def run(out: Path, **flags: object) -> Path:
-    """A run of bupo.py in the folder `out`: begun, gone on with, or left alone if it is finished."""
+    """A run of bupo.py in the folder `out`: begun, gone on with, or left alone if finished. True makes a bare flag."""
     if not (out / "model").exists():
         begun = (out / "config.json").exists()
         words = ["--resume", out] if begun else ["--out", out]
         if not begun:
-            words += [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value)]
+            for name, value in flags.items():
+                words += ["--" + name.replace("_", "-"), *([] if value is True else [value])]
         command = [sys.executable, ROOT / "bupo.py", *words]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         if done.returncode:
@@ -83,7 +84,7 @@ def summary(runs: list[Path], grpo: list[Path]) -> dict:
     evaluations = [[line for line in log if "eval_avg" in line] for log in lines]
     steps = [[line for line in log if "reward" in line] for log in lines]
     final = [evaluation[-1]["eval_avg"] for evaluation in evaluations]
-    assert all(evaluation[-1]["step"] == STEPS for evaluation in evaluations)
+    assert all(evaluation[-1]["step"] == log[-1]["step"] for evaluation, log in zip(evaluations, steps, strict=True))
     return dict(
         before=[evaluation[0]["eval_avg"] for evaluation in evaluations],
         final=final,
