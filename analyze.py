@@ -559,7 +559,7 @@ def draw_curves(settings: list[dict]) -> Figure:
         step, mean, se = curves["eval_avg"].values()
         bars = None if None in se else [100 * error for error in se]
         accuracy.errorbar(step, [100 * m for m in mean], bars, color=colour, marker=mark, capsize=2, elinewidth=0.9)
-        names.append(Line2D([], [], color=colour, marker=mark, label=setting["label"]))
+        names.append(Line2D([], [], color=colour, marker=mark, label=fill(setting["label"], 110)))
     entropy.plot([], [], "-", color="black", label=r"policy $\pi$")
     entropy.plot([], [], ":", color="black", label="policy being optimised")
     ks = "/".join(map(str, sorted({setting["eval_k"] for setting in settings if setting["eval_k"]})))
@@ -567,7 +567,8 @@ def draw_curves(settings: list[dict]) -> Figure:
     finish(accuracy, f"Held-out accuracy, avg@{ks}" if ks else "Held-out accuracy", "training step", "accuracy (%)")
     finish(entropy, "Entropy of the policies", "training step", "entropy (nats)", rows=2)
     finish(length, "Completion length", "training step", "tokens per completion", rows=2)
-    figure.legend(handles=names, loc="outside lower center", ncols=1 if len(settings) < 3 else 2)
+    short = len(settings) > 2 and max(len(setting["label"]) for setting in settings) < 50
+    figure.legend(handles=names, loc="outside lower center", ncols=2 if short else 1)
     return figure
 
 
@@ -615,7 +616,10 @@ def draw_overview(found: dict) -> Figure:
     flow.text(layer, 0.98, f" l = {layer}", transform=flow.get_xaxis_transform(), va="top")
     shade_phase_1(reward, [setting["internal_steps"]])
     line(reward, curves["reward"], "reward in training", 0)
-    line(reward, curves["eval_avg"], f"held-out accuracy, avg@{setting['eval_k']}", 1)
+    step, mean, se = curves["eval_avg"].values()  # points, no line: what lies between them was not measured
+    bars = None if None in se else se
+    accuracy = f"held-out accuracy, avg@{setting['eval_k']}"
+    reward.errorbar(step, mean, bars, fmt="s", color=ORANGE, capsize=2, label=accuracy)
     finish(flow, "Entropy of each layer's policy", f"layer l of {last} (0: embeddings)", "entropy (nats)", rows=3)
     finish(reward, rf"Phase 1: $\pi^{{{layer}}}$, then $\pi$", "training step", "share of right answers", rows=3)
     return figure
@@ -718,7 +722,8 @@ COLUMNS = {  # of the table: the heading, and the measure under it
 def say_profile(found: dict) -> None:
     """A table of means, a line per layer, and what to pass to --internal-layer."""
     last, boundary, measures = found["layers"], found["boundary_layer"], found["measures"]
-    print(f"\n{found['model']}: means of {found['tokens']:,} tokens; H, its changes d and KL in nats, top-1 as a share")
+    print(f"\n{found['model']}: means of {found['tokens']:,} tokens. H: entropy, d: its change, KL(pi || pi^l): nats;")
+    print("top-1: the share of tokens for which pi^l prefers what pi does; cos: A^l or F^l against the stream it joins")
     print("layer" + "".join(f"{heading:>8}" for heading in COLUMNS))
     for layer in range(1, last + 1):
         cells = [measures[name]["mean"][layer - measures[name]["layer"][0]] for name in COLUMNS.values()]

@@ -43,6 +43,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -51,6 +52,7 @@ import pickle
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -95,6 +97,11 @@ NORMS, AVERAGES, PRECISIONS = ("final", "none"), ("token", "sequence"), ("auto",
 def setting(tiny: Any, other: Any, help: str, least: float = 0, choices: tuple[str, ...] = ()) -> Any:
     """A `Config` field: its default for the built-in model and for other models, its --help, and what it may be."""
     return field(default=None, metadata=dict(tiny=tiny, other=other, help=help, least=least, choices=choices))
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field of `Config`."""
+    return "--" + name.replace("_", "-")
 
 
 @dataclass
@@ -154,13 +161,15 @@ class Config:
         for f in fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, f.metadata[column])
-            flag, value, choices = "--" + f.name.replace("_", "-"), getattr(self, f.name), f.metadata["choices"]
+            value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
-                raise UsageError(f"{flag} must be one of {', '.join(choices)}, not {value!r}.")
+                raise UsageError(f"{flag(f.name)} must be one of {', '.join(choices)}, not {value!r}.")
             if f.type in (int, float) and not f.metadata["least"] <= value < math.inf:
-                raise UsageError(f"{flag} must be a number from {f.metadata['least']} on, not {value}.")
+                raise UsageError(f"{flag(f.name)} must be a number from {f.metadata['least']} on, not {value}.")
         if max(self.beta1, self.beta2) >= 1:
             raise UsageError("--beta1 and --beta2 must be below 1.")
+        if not self.steps and not self.eval_problems:
+            raise UsageError("--steps 0 only evaluates, and --eval-problems 0 evaluates nothing; raise one of them.")
         if self.prompts % self.mini_batch:
             raise UsageError(f"--mini-batch {self.mini_batch} must divide --prompts {self.prompts}.")
         self.internal_layer = str(self.internal_layer)
@@ -241,7 +250,8 @@ def read_rows(source: str) -> Any:
     except Exception as error:  # of many kinds, from the libraries that read foreign data
         if kind and local and not Path(source).is_file():
             raise UsageError(f"The file {source} does not exist; check the path.") from error
-        if isinstance(error, StopIteration) or "no data" in str(error):
+        empty = kind and local and not Path(source).stat().st_size
+        if empty or isinstance(error, StopIteration) or "no data" in str(error):
             raise UsageError(f"{source} has no rows; give a data set that has some.") from error
         if kind and local:
             raise UsageError(f"{source} cannot be read as {kind}; give a {kind} file, in UTF-8.") from error
@@ -515,6 +525,7 @@ def load_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> 
                 raise
             strange = Path(name).exists() and not Path(source, "config.json").exists()
             why = "it is no folder with a model in the Hugging Face layout" if strange else first_line(error)
+            why = why if Path(name).exists() else f"there is no such folder, and the Hub says: {why}"
             raise UsageError(f"The model {name} cannot be loaded ({why}); check name and connection.") from error
         if missing := sorted(found["missing_keys"]):  # transformers would train random numbers in their place
             raise UsageError(f"{name} lacks {len(missing)} of its weights, such as {missing[0]}; get it anew.")
@@ -658,7 +669,7 @@ class SlotCache:
     def enter(self, first: int, prompts: Any, owner: list[int]) -> None:
         """Copy keys and values of prompts just read, a transformers cache: slot first + i takes those of owner[i]."""
         slots = slice(first, first + len(owner))
-        for i, block in enumerate(b for b in prompts.layers if b.keys is not None):  # a cut model leaves the rest empty
+        for i, block in enumerate(prompts.layers):
             _, heads, columns, size = block.keys.shape
             if len(self.keys) == i:
                 self.keys.append(block.keys.new_zeros(self.slots, heads, 0, size))
@@ -700,6 +711,12 @@ class SlotCache:
         return self.keys[i][: len(key), :, : self.columns], self.values[i][: len(key), :, : self.columns]
 
 
+def with_cache(decoder: nn.Module, cache: Any) -> dict[str, Any]:
+    """The arguments that make the decoder read and write a cache, whose name depends on the release of transformers."""
+    new_name = "cache" in inspect.signature(decoder.forward).parameters
+    return {"cache" if new_name else "past_key_values": cache, "use_cache": True}
+
+
 def next_prompts(waiting: deque[int], prompts: list[list[int]], free: int, most: int) -> list[int]:
     """Take the next indices off the queue: at most `free`, of at most `most` different prompts."""
     taken: list[int] = []
@@ -715,8 +732,9 @@ def read_prompts(decoder: nn.Module, prompts: list[list[int]], cache: SlotCache,
     rows: dict[tuple[int, ...], int] = {}  # of each different prompt
     owner = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompts]
     ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in rows], batch_first=True)  # (k, T)
-    read = decoder(input_ids=ids.to(device), use_cache=True)
-    cache.enter(first, read.past_key_values, owner)
+    keys_and_values = transformers.DynamicCache()
+    read = decoder(input_ids=ids.to(device), **with_cache(decoder, keys_and_values))
+    cache.enter(first, keys_and_values, owner)
     ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)  # (n,)
     return read.last_hidden_state[owner, ends]
 
@@ -787,7 +805,7 @@ def sample(
         if running:
             inputs = dict(input_ids=tokens[order, None], position_ids=position[:, None])  # (n, 1) each
             mask = cache.seek(position)  # (n, 1, 1, columns)
-            step = decoder(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True)
+            step = decoder(**inputs, attention_mask=mask, **with_cache(decoder, cache))
             hidden = step.last_hidden_state[:, 0]  # (n, D)
             position = position + 1
     progress.close()
@@ -1136,7 +1154,7 @@ def train(config: Config, resume: bool = False) -> Path:
         bar.close()
     if config.steps:
         write_folder(run.out / "model", lambda folder: save_model(run.actor, run.tokenizer, folder))
-        print(f"Saved       {run.out / 'model'}; to evaluate it again: python bupo.py --model {run.out} --steps 0")
+        print(f"Saved       {run.out / 'model'}; to evaluate it again: python bupo.py {to_evaluate(config)}")
     return run.out
 
 
@@ -1562,6 +1580,16 @@ def log(file: Path, record: dict) -> None:
         raise UsageError(f"{file} cannot be written ({first_line(error)}); {mend}.") from error
 
 
+def to_evaluate(config: Config) -> str:
+    """The flags that evaluate a finished run again: those that matter, if they are not the defaults."""
+    flags, default = ["--model", config.out, "--steps", "0"], Config(model=config.model)
+    of_evaluation = ("eval_dataset", "eval_problems", "eval_k", "eval_temperature", "max_prompt", "max_completion")
+    for name in (*of_evaluation, "system", "seed", "rows", "device", "precision"):
+        if getattr(config, name) != getattr(default, name):
+            flags += [flag(name), str(getattr(config, name))]
+    return shlex.join(flags + ["--thinking"] * config.thinking)
+
+
 def say_phase(step: int, layer: int, run: Run) -> None:
     """Say which policy is optimised from this step on."""
     low = f"the internal policy of layer {layer} of {run.num_layers}"
@@ -1641,7 +1669,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
         choices = f"{', '.join(f.metadata['choices'])}: " if f.metadata["choices"] else ""
         text = f"{choices}{f.metadata['help']} [{' | '.join(defaults)}]".replace("%", "%%")
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     parser.add_argument("--resume", metavar="", help="folder of a run to go on with, from its last checkpoint")
     given = vars(parser.parse_args(arguments))
     folder = given.pop("resume")
@@ -1654,8 +1682,10 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
         raise UsageError(f"There is no run to resume in {folder}; name the folder that --out named.") from error
     for name in given:
         if given[name] != saved.get(name) and name not in MAY_CHANGE:
-            flag, allowed = "--" + name.replace("_", "-"), ", ".join("--" + n.replace("_", "-") for n in MAY_CHANGE)
-            raise UsageError(f"{flag} cannot change in a resumed run, only {allowed} can; start a new run instead.")
+            allowed = ", ".join(map(flag, MAY_CHANGE))
+            raise UsageError(
+                f"{flag(name)} cannot change in a resumed run, only {allowed} can; start a new run instead."
+            )
     return Config(**{**saved, **given, "out": folder}), True
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1009,6 +1010,18 @@ def test_a_finished_run_can_be_evaluated_with_the_settings_of_its_origin(finishe
     assert not (tmp_path / "b" / "model").exists()
 
 
+def test_a_run_says_how_to_evaluate_it_again(guessing, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "held out.jsonl"
+    file.write_text("".join(json.dumps({"question": f"1+{i}", "answer": str(1 + i)}) + "\n" for i in range(4)))
+    changes = dict(eval_dataset=file, system="Think.", seed=3)
+    assert bupo.main(flags(out=tmp_path / "a", steps=1, **{**guessing, **changes})) == 0
+    command = shlex.split(re.search(r"to evaluate it again: python bupo.py (.*)", capsys.readouterr().out)[1])
+    assert bupo.main([*command, "--out", str(tmp_path / "b")]) == 0
+    for log in ("metrics.jsonl", "completions.jsonl"):  # the latter holds prompts and completions as token ids
+        trained, again = (lines(tmp_path / name / log)[-1] for name in "ab")
+        assert again == {**trained, "step": 0}
+
+
 def same_run(a: Path, b: Path) -> None:
     """Two runs have the same weights and the same metrics, but for what was measured with a clock."""
     timed = {"rollout_tokens_per_s", "update_tokens_per_s", "peak_memory_gb", "seconds"}
@@ -1377,7 +1390,7 @@ def test_every_setting_is_a_flag_with_help_and_both_defaults(capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--model", "/no/such/model"], "cannot be loaded"),
+        (["--model", "/no/such/model"], "there is no such folder"),
         (["--model", "nobody/no-such-model"], "cannot be loaded"),
         (["--model", "{tmp}"], "no folder with a model"),
         (["--dataset", "{tmp}/none.parquet"], "does not exist"),
@@ -1386,6 +1399,8 @@ def test_every_setting_is_a_flag_with_help_and_both_defaults(capsys):
         (["--dataset", "{tmp}/columns.jsonl"], "has no question column, only a, b"),
         (["--dataset", "{tmp}/question.jsonl"], "has no answer column"),
         (["--dataset", "{tmp}/empty.csv"], "has no rows"),
+        (["--dataset", "{tmp}/nothing.csv"], "has no rows"),
+        (["--steps", "0", "--eval-problems", "0"], "raise one of them"),
         (["--dataset", "{tmp}/null.jsonl"], "no row with both"),
         (["--dataset", "{tmp}/latin.csv"], "cannot be read as csv"),
         (["--dataset", "{tmp}/noise.parquet/x.json"], "does not exist"),
@@ -1412,6 +1427,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(arguments, sentence, tmp_pa
     write_rows(tmp_path / "question.jsonl", [{"question": "q"}])
     write_rows(tmp_path / "null.jsonl", [{"question": None, "answer": "1"}])
     (tmp_path / "empty.csv").write_text("question,answer\n")
+    (tmp_path / "nothing.csv").write_text("")
     (tmp_path / "latin.csv").write_bytes("question,answer\nf\xfcnf,5\n".encode("latin-1"))
     before = sorted(tmp_path.rglob("*"))
     out = {} if "--out" in arguments or "--resume" in arguments else {"out": tmp_path / "new"}

@@ -1,11 +1,12 @@
-"""Kill a run 30 times at random moments, resume it each time, and compare it with an undisturbed one, bit for bit.
+"""Kill a run 30 times, resume it each time, and compare it with an undisturbed one, bit for bit.
 
     python benchmarks/kill.py            # about 8 minutes on 2 cores
 
-Every third kill waits until a checkpoint is being written and strikes inside it; the others come after a random delay,
-during start-up, warm-up, rollouts, updates or evaluations.
+The kills take turns: at a random moment of the start-up; some steps later, in a rollout, an update, a log line or an
+evaluation; and, some steps later too, while a checkpoint is being written.
 """
 
+import contextlib
 import json
 import random
 import subprocess
@@ -34,28 +35,56 @@ def content(run: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     return untimed, load_file(run / "model" / "model.safetensors")
 
 
+def unfinished(run: Path) -> set[tuple[str, int]]:
+    """The checkpoints that are being written, or were when a process was killed."""
+    found = set()
+    for path in run.glob(".checkpoint-*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # it has just been finished
+            found.add((path.name, path.stat().st_ctime_ns))
+    return found
+
+
+def logged(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def kill(process: subprocess.Popen, run: Path, where: str, rng: random.Random, start_up: float) -> bool:
+    """Kill the process there; whether a checkpoint was being written. One that comes to its end is left alone."""
+    began, lines, old = time.perf_counter(), logged(run), unfinished(run)
+    moment, steps = rng.uniform(0, start_up), rng.randint(1, 9)
+    while process.poll() is None:
+        if where == "start-up" and time.perf_counter() - began > moment:
+            break
+        if where != "start-up" and logged(run) - lines >= steps:
+            if where == "later":
+                time.sleep(rng.uniform(0, 0.5))
+                break
+            if unfinished(run) - old:
+                break
+        time.sleep(0.0005)
+    process.kill()
+    process.communicate()
+    return bool(unfinished(run) - old)
+
+
 def main(kills: int = 30) -> None:
     folder, rng, inside, done = Path(tempfile.mkdtemp()), random.Random(0), 0, 0
     calm, wild = folder / "calm", folder / "wild"
     start("--out", str(folder / "begin"), "--steps", "1", "--eval-problems", "0").communicate()  # with the warm-up
-    settings = ["--model", str(folder / "begin"), *SETTINGS]
-    start("--out", str(calm), *settings).communicate()
-    while done < kills:
-        begun = (wild / "config.json").exists()
+    settings, began = ["--model", str(folder / "begin"), *SETTINGS], time.perf_counter()
+    process = start("--out", str(calm), *settings)
+    while not logged(calm):
+        time.sleep(0.01)
+    start_up = time.perf_counter() - began
+    process.communicate()
+    while done < kills and not (wild / "model").exists():
+        begun, where = (wild / "config.json").exists(), ("start-up", "later", "checkpoint")[done % 3]
         process = start(*(["--resume", str(wild)] if begun else ["--out", str(wild), *settings]))
-        limit = time.perf_counter() + (600 if done % 3 == 2 else rng.uniform(0, 12))  # seconds; start-up takes 5 or so
-        while process.poll() is None and time.perf_counter() < limit:
-            if done % 3 == 2 and any(wild.glob(".checkpoint-*.tmp")):
-                break
-            time.sleep(0.0005)
-        if process.poll() is not None:
-            break  # it came to its end: what was killed so far must do
-        inside += any(wild.glob(".checkpoint-*.tmp"))
-        process.kill()
-        process.communicate()
+        inside += kill(process, wild, where, rng, start_up)
         done += 1
         steps = [int(path.name.rpartition("-")[2]) for path in wild.glob("checkpoint-*")]
-        print(f"kill {done}: last checkpoint after step {max(steps, default=0)}", flush=True)
+        print(f"kill {done}, {where}: last checkpoint after step {max(steps, default=0)}", flush=True)
     _, errors = start("--resume", str(wild)).communicate()
     (metrics, weights), (expected_metrics, expected_weights) = content(wild), content(calm)
     same_weights = all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)

@@ -183,6 +183,8 @@ def fit(s: SimpleNamespace, config: bupo.Config, width: int, room: float) -> bup
 def report(config: bupo.Config, cards: list[float], moment_bytes: float) -> None:
     """Print the parts and what fits each card, in GB of 10^9 bytes."""
     s, width = shape(skeleton(config.model)), 4 if config.precision == "float32" else 2
+    if config.internal_layer.isdecimal() and not 1 <= int(config.internal_layer) <= s.layers:
+        raise bupo.UsageError(f"--internal-layer must be 1 to {s.layers} for {config.model}, or auto.")
     layer = int(config.internal_layer) if config.internal_layer.isdecimal() else max(1, s.layers // 5)
     columns = {
         "at all times": persisting(s, width, moment_bytes),
@@ -206,7 +208,7 @@ def report(config: bupo.Config, cards: list[float], moment_bytes: float) -> None
         if fitting:
             print(f"{card:g} GB: fits with {flags or 'these settings'}")
         elif updates["gradients"] > room:
-            print(f"{card:g} GB: does not fit; weights, moments and gradients alone are {least / 1e9:.1f} GB")
+            print(f"{card:g} GB: does not fit; weights, copy, moments and gradients alone are {least / 1e9:.1f} GB")
         else:
             print(f"{card:g} GB: does not fit, even with --rows {LEAST_ROWS} --max-completion {LEAST_COMPLETION}")
 
