@@ -1,6 +1,6 @@
 """Kill a run 30 times, resume it each time, and compare it with an undisturbed one, bit for bit.
 
-    python benchmarks/kill.py            # about 8 minutes on 2 cores
+    python benchmarks/kill.py            # about 5 minutes on 2 free cores
 
 The kills take turns: at a random moment of the start-up; some steps later, in a rollout, an update, a log line or an
 evaluation; and, some steps later too, while a checkpoint is being written.
