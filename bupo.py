@@ -523,9 +523,11 @@ def load_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> 
         except Exception as error:  # of many kinds, from the libraries that read foreign files
             if out_of_memory(error):
                 raise
-            strange = Path(name).exists() and not Path(source, "config.json").exists()
-            why = "it is no folder with a model in the Hugging Face layout" if strange else first_line(error)
-            why = why if Path(name).exists() else f"there is no such folder, and the Hub says: {why}"
+            why = first_line(error)
+            if not Path(name).exists():
+                why = f"there is no such folder, and the Hub says: {why}"
+            elif not Path(source, "config.json").exists():
+                why = "it is no folder with a model in the Hugging Face layout"
             raise UsageError(f"The model {name} cannot be loaded ({why}); check name and connection.") from error
         if missing := sorted(found["missing_keys"]):  # transformers would train random numbers in their place
             raise UsageError(f"{name} lacks {len(missing)} of its weights, such as {missing[0]}; get it anew.")
@@ -727,16 +729,18 @@ def next_prompts(waiting: deque[int], prompts: list[list[int]], free: int, most:
     return taken
 
 
-def read_prompts(decoder: nn.Module, prompts: list[list[int]], cache: SlotCache, first: int, device: Any) -> Tensor:
-    """Read n prompts into the cache, equal ones once; returns the hidden state of the last token of each, (n, D)."""
+def read_prompts(
+    decoder: nn.Module, prompts: list[list[int]], cache: SlotCache, first: int, device: Any
+) -> tuple[Tensor, Tensor]:
+    """Read n prompts into the slots from `first` on, equal ones once; their last hidden states (n, D), lengths (n,)."""
     rows: dict[tuple[int, ...], int] = {}  # of each different prompt
     owner = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompts]
     ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in rows], batch_first=True)  # (k, T)
     keys_and_values = transformers.DynamicCache()
     read = decoder(input_ids=ids.to(device), **with_cache(decoder, keys_and_values))
     cache.enter(first, keys_and_values, owner)
-    ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)  # (n,)
-    return read.last_hidden_state[owner, ends]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (n,)
+    return read.last_hidden_state[owner, lengths - 1], lengths
 
 
 def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -781,9 +785,8 @@ def sample(
         free = cache.slots - len(running)
         if waiting and free >= min(len(waiting), eighth):  # several prompts at a time are read faster
             new = next_prompts(waiting, prompts, free, eighth)
-            last = read_prompts(decoder, [prompts[i] for i in new], cache, len(running), device)  # (len(new), D)
-            lengths = torch.tensor([len(prompts[i]) for i in new], device=device)  # (len(new),)
-            hidden, position = torch.cat([hidden, last]), torch.cat([position, lengths])
+            last, lengths = read_prompts(decoder, [prompts[i] for i in new], cache, len(running), device)
+            hidden, position = torch.cat([hidden, last]), torch.cat([position, lengths])  # (n, D), (n,)
             running += new
 
         # Each row draws a token.
@@ -1346,8 +1349,9 @@ def set_up(config: Config, resume: bool) -> Run:
     problems = usable_problems(config.dataset, config.train_problems, tokenizer, config) if config.steps else []
     betas, decay = (config.beta1, config.beta2), config.weight_decay
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=betas, weight_decay=decay, fused=True)
-    layer = None if config.internal_layer == "auto" else int(config.internal_layer)
-    layer = layer if config.internal_steps else num_layers
+    layer: int | None = num_layers  # of plain GRPO
+    if config.internal_steps:
+        layer = None if config.internal_layer == "auto" else int(config.internal_layer)
     run = Run(config, out, model, tokenizer, optimizer, problems, held_out, num_layers, layer)
     if start:
         load_training_state(start, run)
@@ -1683,9 +1687,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
     for name in given:
         if given[name] != saved.get(name) and name not in MAY_CHANGE:
             allowed = ", ".join(map(flag, MAY_CHANGE))
-            raise UsageError(
-                f"{flag(name)} cannot change in a resumed run, only {allowed} can; start a new run instead."
-            )
+            raise UsageError(f"{flag(name)} cannot change in a resumed run, only {allowed} can; start a new run.")
     return Config(**{**saved, **given, "out": folder}), True
 
 

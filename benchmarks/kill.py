@@ -50,7 +50,7 @@ def logged(run: Path) -> int:
 
 
 def kill(process: subprocess.Popen, run: Path, where: str, rng: random.Random, start_up: float) -> bool:
-    """Kill the process there; whether a checkpoint was being written. One that comes to its end is left alone."""
+    """Kill the process there, unless it comes to its end before; whether a checkpoint was being written."""
     began, lines, old = time.perf_counter(), logged(run), unfinished(run)
     moment, steps = rng.uniform(0, start_up), rng.randint(1, 9)
     while process.poll() is None:
@@ -74,7 +74,7 @@ def main(kills: int = 30) -> None:
     start("--out", str(folder / "begin"), "--steps", "1", "--eval-problems", "0").communicate()  # with the warm-up
     settings, began = ["--model", str(folder / "begin"), *SETTINGS], time.perf_counter()
     process = start("--out", str(calm), *settings)
-    while not logged(calm):
+    while process.poll() is None and not logged(calm):
         time.sleep(0.01)
     start_up = time.perf_counter() - began
     process.communicate()

@@ -147,6 +147,7 @@ def train(config: Config, size: int, vllm: str, resume: str | None) -> None:
         raise UsageError("Name a new or empty folder with --out.")
     if config.device not in ("auto", "cpu"):
         raise UsageError(f"--device must be auto or cpu, not {config.device}: each process gets its own GPU.")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in bupo.py
     bupo.run_folder(config, bool(resume))
     if resume and not bupo.checkpoints(out):
         raise UsageError(f"There is no checkpoint in {out}; start anew with --out.")
