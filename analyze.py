@@ -1,888 +1,599 @@
-r"""See the internal policies: the pictures of BuPO (arXiv 2512.19673) for any Llama-like model, checkpoint or run.
+r"""Pictures of internal policies, of any Llama-like model, checkpoint or run of bupo.py.
 
-    python analyze.py                                        the built-in model: its layers' policies, one figure
-    python analyze.py --model Qwen/Qwen3-4B runs/x           several models side by side
-    python analyze.py --runs runs/a runs/b                   training curves of runs of bupo.py
-    python analyze.py --overview runs/x                      a run at a glance: entropy flow, phase switch, reward
-    python analyze.py --layers-over-training runs/x          how the optimised layer moves, checkpoint by checkpoint
-    python analyze.py --sample-layer 3 5 6                   what the policies of layers 3, 5 and 6 say
+    paper          command                                          what it draws
+    Figure 1       python analyze.py --model Qwen/Qwen3-4B runs/x   entropies of layers and modules
+    Figure 5       python analyze.py --layers-over-training runs/x  how the optimized layer moves
+    Figures 4,6,7  python analyze.py --runs runs/a runs/b           entropy, length, pass@k, reward
+    -              python analyze.py --lens --model tiny runs/x     token x layer: what each says
+    -              python analyze.py --overview runs/x              entropy flow and reward of a run
+    -              python analyze.py --sample-layer 3 5             completions by these layers
 
-Each but the last writes FILE.png and FILE.json (every number drawn, mean and standard error) and prints a table.
-
-    1 Measures           what is computed from the residual stream, token by token
-    2 Averages           over completion tokens, with standard errors over completions
-    3 Curves             what the logs of runs say, several seeds as one
-    4 Pictures           draw what 2 and 3 found, and nothing else
-    5 Command line       main
-
-How it is measured. Completions are scored by the token ids that were sampled, never by text tokenised again; each
-token counts at the position that predicts it, in float32, at temperature 1. Hooks see the residual stream pass
-(`bupo.residual_stream`): a hidden state is measured as it comes and then forgotten, and at most --head-tokens tokens
-have logits at a time. KL(pi || pi^l) = -H(pi) - E_pi[log pi^l] needs pi before the stream reaches its end. But
-E_pi[log pi^l] is linear in the logits W norm(h), so the mean row of lm_head under pi, W^T pi, can stand for pi: a first
-forward pass keeps D + 3 numbers per token (`final_policy`), not V. In all: two forward passes and 6 L heads, which take
-nearly all of the time.
+These are counterparts, not copies: figures as this project lists those of arXiv 2512.19673, whose
+version 3 numbers the equations. Each command but the last writes FILE.png and FILE.json, with all
+that is drawn and its standard error. What is measured: the ids that were sampled, each at the
+position that predicts it, at temperature 1, in the model's precision with float32 probabilities.
 """
 
 import argparse
-import contextlib
 import json
 import math
-import os
-import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from textwrap import fill
+from statistics import fmean, stdev
+from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from matplotlib.colors import LogNorm
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel as Model
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import bupo
-from bupo import Config, Sequences, UsageError, internal_hidden, policy_logits, residual_stream
+from bupo import Config, Model, Sequences, Tokenizer, UsageError
 
-matplotlib.use("Agg")  # no window
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+# 1 Measures =======================================================================================
 
-Record = Callable[[str, int, Tensor], None]  # takes a measure's name, its layer and its value at each of N tokens
-Sums = dict[tuple[str, int], Tensor]  # (name, layer) -> (C,), float64: the sums over each completion's tokens
+PANELS = {  # of the profile
+    "policies": ("Entropy of the internal policies", "entropy (nats)"),
+    "modules": ("Entropy change by attention and FFN", "entropy change (nats)"),
+    "layer": (r"Entropy change $H(\pi^l) - H(\pi^{l-1})$", "entropy change (nats)"),
+    "distance": (r"How far $\pi^l$ is from the policy $\pi$", "nats per token"),
+    "top": (r"Top token of $\pi^l$ is that of $\pi$", "share of tokens"),
+    "cosine": ("What is written, and the stream it joins", "cosine similarity"),
+}
+MEASURES = {  # of `measure`: the column in the table, panel and label in the profile
+    "policy": ("H(pi^l)", "policies", r"layer $\pi^l$"),
+    "without_norm": ("no norm", "policies", r"$\pi^l$ without norm"),
+    "attention": ("H(A^l)", "policies", "attention $A^l$"),
+    "ffn": ("H(F^l)", "policies", "FFN $F^l$"),
+    "layer_change": ("d layer", "layer", r"layer $l$"),
+    "attention_change": ("d attn", "modules", "by attention"),
+    "ffn_change": ("d FFN", "modules", "by the FFN"),
+    "kl": ("KL", "distance", r"KL$(\pi \| \pi^l)$"),
+    "nll": ("NLL", "distance", r"$-\log\,\pi^l$(next token)"),
+    "top1": ("top-1", "top", r"layer $\pi^l$"),
+    "cos_attention": ("cos A", "cosine", "attention $A^l$"),
+    "cos_ffn": ("cos F", "cosine", "FFN $F^l$"),
+}
+Layers = list[dict[str, Tensor]]  # 0..L: of each, name -> states (N, D) or measures (N,)
 
-MODULES = ("attention_input", "attention", "ffn_input", "ffn")
 
-# 1 Measures ===========================================================================================================
+def layer_states(model: Model, ids: Tensor, mask: Tensor) -> Layers:
+    """The states of layers l = 0..L (0: the embeddings) at the N completion tokens, (N, D) each.
 
-
-def entropy_of(logits: Tensor) -> Tensor:
-    """H = -sum p log p of softmax(logits), in nats (Eq. 7). (..., V) -> (...)"""
-    logps = logits.float().log_softmax(-1)  # (..., V)
-    return -(logps.exp() * logps).sum(-1)
-
-
-def in_chunks(measure: Callable, size: int, *tensors: Tensor) -> Tensor:
-    """`measure` on at most `size` tokens at a time, so that no more of them have logits: (N, ...) each -> (N, ...)."""
-    return torch.cat([measure(*chunk) for chunk in zip(*(t.split(size) for t in tensors), strict=True)])
-
-
-def final_policy(model: Model, hidden: Tensor) -> Tensor:
-    """What `compare` must know of pi = softmax(E_u norm(H^L)): (n, D) -> (n, D + 3).
-
-    The columns: W^T pi (D of them), the mean of lm_head's bias under pi, H(pi) in nats, and pi's top token (exact in
-    float32 up to 16 million).
+    ids, mask: (B, T); each token is read at the position before it. 'stream' is H^l; for l > 0 also
+    'attention_input' LN(H^(l-1)), 'attention' A^l, 'ffn_input' LN(H^(l-1) + A^l), 'ffn' F^l.
     """
-    head = model.get_output_embeddings()
-    logits = policy_logits(model, hidden).float()  # (n, V)
-    probabilities = logits.softmax(-1)  # (n, V)
-    bias = probabilities @ head.bias if head.bias is not None else torch.zeros_like(hidden[:, 0])  # (n,)
-    rest = torch.stack([bias, entropy_of(logits), logits.argmax(-1)], -1)  # (n, 3)
-    return torch.cat([probabilities @ head.weight, rest], -1)  # (n, D + 3)
+    names = "stream", "attention_input", "attention", "ffn_input", "ffn"
+    layers: Layers = []
+    for block in bupo.residual_stream(model.eval(), ids):  # (B, T, D) each
+        one = dict(zip(names, (h[:, :-1][mask[:, 1:]] for h in block), strict=True))  # (N, D) each
+        layers = layers or [dict(stream=one["stream"])]
+        layers.append(one | dict(stream=one["stream"] + one["attention"] + one["ffn"]))
+    return layers
 
 
-def compare(model: Model, hidden: Tensor, final: Tensor) -> Tensor:
-    """pi^l next to pi: (n, D) of H^l and (n, D + 3) of `final_policy` -> (n, 3).
+def speak(model: Model, state: Tensor, norm: bool = False) -> Tensor:
+    """Log-probabilities (n, V) of the policy that speaks from a state (n, D)."""
+    return bupo.policy_logits(model, state, norm).float().log_softmax(-1)
 
-    The columns: H(pi^l) in nats; KL(pi || pi^l) in nats, what is lost by predicting pi with pi^l; 1 where both have the
-    same top token, else 0.
+
+def entropy(logps: Tensor) -> Tensor:  # (n, V) -> (n,)
+    return -(logps.exp() * logps).sum(-1)  # H = -sum p log p, in nats (Eq. 7)
+
+
+def kl(logps: Tensor, others: Tensor) -> Tensor:  # (n, V), (n, V) -> (n,)
+    return (logps.exp() * (logps - others)).sum(-1)  # KL(p || q) = sum p (log p - log q), in nats
+
+
+def measure(model: Model, layers: Layers, tokens: Tensor, norm: bool, low: int) -> Layers:
+    """The MEASURES (n,) of each layer 0..L at n tokens; above layer `low` (0: none) two more.
+
+    layers: of `layer_states`; tokens: (n,), those that followed; norm: whether pi^l has one.
     """
-    mean_row, (bias, entropy, top) = final[:, :-3], final[:, -3:].unbind(-1)
-    normed = model.get_decoder().norm(hidden)  # (n, D)
-    logits = policy_logits(model, normed, norm=False).float()  # (n, V)
-    expected = (mean_row * normed).sum(-1) + bias - logits.logsumexp(-1)  # (n,) E_pi[log pi^l]
-    kl = (-entropy - expected).clamp(min=0)  # (n,); rounding may take it below 0
-    return torch.stack([entropy_of(logits), kl, logits.argmax(-1) == top], -1)  # (n, 3)
-
-
-def measure_all_layers(model: Model, ids: Tensor, mask: Tensor, record: Record, head_tokens: int = 1024) -> None:
-    """Record every measure of every layer, at the N completion tokens of ids (B, T), mask (B, T) as from `bupo.pad`.
-
-    Layers 0 (the embeddings) to L: 'policy', H(pi^l); 'kl', KL(pi || pi^l); 'top1', whether pi^l's top token is pi's;
-    'policy_without_norm', H(softmax(E_u H^l)), but at L always with the norm. Layers 1 to L: 'attention' and 'ffn', the
-    entropies of the modular policies softmax(E_u A^l) and softmax(E_u F^l) (Eq. 6); 'attention_input' and 'ffn_input',
-    those of LN(H^(l-1)) and LN(H^(l-1) + A^l); 'attention_cosine' and 'ffn_cosine', those between A^l and H^(l-1), and
-    between F^l and H^(l-1) + A^l: what a module writes, and the stream that it writes to.
-    """
-    last = len(model.get_decoder().layers)
-
-    def at_completions(tensor: Tensor) -> Tensor:
-        return tensor[:, :-1][mask[:, 1:]]  # (B, T, D) -> (N, D), the position before each completion token
-
-    def entropies(hidden: Tensor, norm: bool) -> Tensor:
-        return in_chunks(lambda h: entropy_of(policy_logits(model, h, norm)), head_tokens, hidden)  # (N,)
-
-    final = in_chunks(partial(final_policy, model), head_tokens, at_completions(internal_hidden(model, ids, last)))
-    stream = torch.empty(0)  # from the embeddings on (N, D): what the next module writes to
-
-    def visit(name: str, layer: int, tensor: Tensor) -> None:
-        nonlocal stream
-        hidden = at_completions(tensor)  # (N, D)
-        if name == "layer":
-            stream = hidden
-            policy, kl, top1 = in_chunks(partial(compare, model), head_tokens, hidden, final).unbind(-1)  # (N,) each
-            record("policy", layer, policy)
-            record("kl", layer, kl)
-            record("top1", layer, top1)
-            # All that the authors' plot has, at L too, where it is not the policy; theirs is of text tokenised again.
-            record("policy_without_norm", layer, entropies(hidden, norm=False) if layer < last else policy)
-        else:
-            record(name, layer, entropies(hidden, norm=False))
-        if name in ("attention", "ffn"):
-            record(f"{name}_cosine", layer, F.cosine_similarity(hidden, stream, dim=-1))
-            stream = stream + hidden  # (N, D)
-
-    with residual_stream(model, visit):
-        model.get_decoder()(input_ids=ids, use_cache=False)
-
-
-def measure_one_layer(
-    model: Model, ids: Tensor, mask: Tensor, record: Record, layer: int, norm: bool = True, head_tokens: int = 1024
-) -> None:
-    """Record how layer l relates to the layers k above it (`layers_above`), at the N completion tokens.
-
-    'cosine' of H^l and H^k; 'kl', KL(pi^l || pi^k); the entropies whose differences are the entropy changes of layer l
-    ('policy' at l - 1 and l, 'attention_input', 'attention', 'ffn_input', 'ffn' at l); and at L 'nll', -log pi of the
-    token itself, whose exponential mean is the perplexity. norm: whether pi^l and pi^k, k < L, apply the final norm.
-    """
-    last = len(model.get_decoder().layers)
-    top, later = layers_above(layer, last)
-    needed, kept = {("layer", k) for k in (layer - 1, layer, *top, *later)}, {}
-    needed |= {(name, layer) for name in MODULES}
-
-    def visit(name: str, at: int, tensor: Tensor) -> None:
-        if (name, at) in needed:
-            kept[name, at] = tensor[:, :-1][mask[:, 1:]]  # (N, D)
-
-    def logits(hidden: Tensor, at: int) -> Tensor:
-        return policy_logits(model, hidden, norm or at == last).float()  # (n, V)
-
-    def divergence(low: Tensor, high: Tensor, k: int) -> Tensor:
-        low, high = logits(low, layer).log_softmax(-1), logits(high, k).log_softmax(-1)  # (n, V) each
-        return (low.exp() * (low - high)).sum(-1)  # (n,)
-
-    with residual_stream(model, visit):
-        model.get_decoder()(input_ids=ids, use_cache=False)
-    low = kept["layer", layer]  # (N, D)
-    for k in top:
-        record("cosine", k, F.cosine_similarity(low, kept["layer", k], dim=-1))
-    for k in later:
-        record("kl", k, in_chunks(partial(divergence, k=k), head_tokens, low, kept["layer", k]))
-    for k in (layer - 1, layer):
-        record("policy", k, in_chunks(lambda h, k=k: entropy_of(logits(h, k)), head_tokens, kept["layer", k]))
-    for name in MODULES:
-        hidden = kept[name, layer]  # (N, D)
-        record(name, layer, in_chunks(lambda h: entropy_of(policy_logits(model, h, norm=False)), head_tokens, hidden))
-    record("nll", last, -bupo.token_logps(model, ids, mask, last, head_tokens=head_tokens)[0])
-
-
-def layers_above(layer: int, last: int) -> tuple[list[int], list[int]]:
-    """The layers that layer l is compared with: the three top ones, and three from l + 1 to L; all of them above l."""
-    spread = {layer + 1, (layer + 1 + last) // 2, last}
-    return [k for k in range(last - 2, last + 1) if k > layer], sorted(k for k in spread if k > layer)
-
-
-# 2 Averages ===========================================================================================================
-
-
-@torch.no_grad()
-def token_sums(
-    model: Model, sequences: Sequences, measure: Callable, micro_tokens: int = 16384, per_token: int = 0
-) -> Sums:
-    """What `measure` records, summed over the tokens of each of the C completions: all that averages and errors need.
-
-    per_token: how many numbers `measure` records of each token, for the progress bar.
-    """
-    model.eval()
-    sums: Sums = defaultdict(lambda: torch.zeros(len(sequences), dtype=torch.float64))
-    lengths = torch.tensor([len(completion) for _, completion in sequences])  # (C,)
-    bar = tqdm(total=per_token * int(lengths.sum()) or None, desc="layers", leave=False, unit_scale=True)
-    with bar:
-        for group in bupo.micro_batches(sequences, micro_tokens):
-            owner = torch.tensor(group).repeat_interleave(lengths[group])  # (N,), whose token each is
-
-            def record(name: str, layer: int, values: Tensor, owner: Tensor = owner) -> None:
-                sums[name, layer].index_add_(0, owner, values.double().cpu())
-                bar.update(len(values))
-
-            measure(model, *bupo.pad([sequences[i] for i in group], model.device), record)
-    return sums
-
-
-def mean_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
-    """The mean over all tokens, from the sums (C,) and token counts (C,) of completions, and its standard error.
-
-    The tokens of a completion are not independent, completions are: the error is that of a ratio of two sums over
-    completions, with residuals r_i = s_i - mean n_i. One completion alone tells nothing of its error: None.
-    """
-    mean, count = float(sums.sum() / counts.sum()), len(counts)
-    if count < 2:
-        return mean, None
-    residuals = sums - mean * counts  # (C,)
-    return mean, math.sqrt(count / (count - 1) * float((residuals**2).sum())) / float(counts.sum())
-
-
-def averages(sums: dict[str, dict[int, Tensor]], sequences: Sequences) -> dict:
-    """{name: {layer: (C,)}} -> {name: {layer: [...], mean: [...], se: [...]}}, as the JSON file has them."""
-    counts = torch.tensor([len(completion) for _, completion in sequences], dtype=torch.float64)  # (C,)
-    found = {}
-    for name, layers in sums.items():
-        means, errors = zip(*(mean_and_error(layers[layer], counts) for layer in sorted(layers)), strict=True)
-        found[name] = dict(layer=sorted(layers), mean=list(means), se=list(errors))
+    found: Layers = []
+    pi = low_policy = speak(model, layers[-1]["stream"], norm=True)  # (n, V)
+    for layer, at in enumerate(layers):
+        top, stream = layer == len(layers) - 1, layers[layer - 1]["stream"]
+        policy = speak(model, at["stream"], norm or top)  # (n, V) Eq. 5
+        one = dict(policy=entropy(policy), kl=kl(pi, policy))
+        one["top1"] = policy.argmax(-1) == pi.argmax(-1)
+        one["without_norm"] = entropy(speak(model, at["stream"], norm=top))
+        one["nll"] = -policy.gather(-1, tokens[:, None])[:, 0]
+        if layer:
+            one["layer_change"] = one["policy"] - found[-1]["policy"]  # Eq. 8
+            for name in ("attention", "ffn"):  # Eq. 6, and Eq. 11 to 13
+                one[name] = entropy(speak(model, at[name]))
+                one[f"{name}_change"] = one[name] - entropy(speak(model, at[f"{name}_input"]))
+                one[f"cos_{name}"] = torch.cosine_similarity(at[name].float(), stream.float())
+                stream = stream + at[name]
+        if layer == low:
+            low_policy, low_stream = policy, at["stream"].float()
+        if layer > low > 0:
+            one["low_kl"] = kl(low_policy, policy)
+            one["low_cosine"] = torch.cosine_similarity(low_stream, at["stream"].float())
+        found.append(one)
     return found
 
 
-def with_changes(sums: Sums) -> dict[str, dict[int, Tensor]]:
-    """{(name, layer): (C,)} -> {name: {layer: (C,)}}, joined by the entropy changes, token by token.
+@torch.no_grad()
+def profile(model: Model, sequences: Sequences, size: int, norm: bool = True, low: int = 0) -> dict:
+    """The measures of all layers, averaged over completion tokens, as the JSON file has them.
 
-    'layer_change' is H(pi^l) - H(pi^(l-1)) (Eq. 8, 11), also '..._without_norm'; 'attention_change' is H(A^l) -
-    H(LN(H^(l-1))) (Eq. 12), 'ffn_change' H(F^l) - H(LN(H^(l-1) + A^l)) (Eq. 13).
+    size: tokens in a micro-batch, whose states are all kept; norm, low: as in `measure`.
     """
-    by_name: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for (name, layer), values in sums.items():
-        by_name[name][layer] = values
-    for name, policy in (("layer_change", "policy"), ("layer_change_without_norm", "policy_without_norm")):
-        entropy = by_name.get(policy, {})
-        by_name[name] = {k: entropy[k] - entropy[k - 1] for k in entropy if k - 1 in entropy}
-    for name in ("attention", "ffn"):
-        by_name[f"{name}_change"] = {k: v - by_name[f"{name}_input"][k] for k, v in by_name[name].items()}
-    return {name: layers for name, layers in by_name.items() if layers}
+    counts = torch.tensor([len(completion) for _, completion in sequences])  # (C,)
+    sums: dict = defaultdict(lambda: torch.zeros(len(counts)).double())  # (name, layer) -> (C,)
+    for batch in tqdm(bupo.micro_batches(sequences, size), desc="measuring", leave=False):
+        ids, mask = bupo.pad([sequences[i] for i in batch], model.device)  # (B, T) each
+        owner = torch.tensor(batch).repeat_interleave(counts[[*batch]])  # (N,) whose token each is
+        tokens, layers = ids[:, 1:][mask[:, 1:]], layer_states(model, ids, mask)
+        for part in torch.arange(len(tokens)).split(max(1, bupo.HEAD_TOKENS // 4)):
+            chunk = [{name: state[part] for name, state in at.items()} for at in layers]  # (n, D)
+            for layer, found in enumerate(measure(model, chunk, tokens[part], norm, low)):
+                for name, value in found.items():
+                    sums[name, layer].index_add_(0, owner[part], value.double().cpu())
+    measures: dict = defaultdict(lambda: dict(layer=[], mean=[], se=[]))
+    for (name, layer), total in sums.items():
+        mean, error = mean_and_error(total, counts)
+        for key, number in dict(layer=layer, mean=mean, se=error).items():
+            measures[name][key].append(number)
+    change, uniform = measures["ffn_change"]["mean"], len(model.get_output_embeddings().weight)
+    facts = dict(layers=len(change), completions=len(counts), tokens=int(counts.sum()))
+    facts |= dict(boundary_layer=bupo.boundary_layer(change), explores=max(change) > 0)
+    return facts | dict(max_entropy=math.log(uniform), measures=measures)
 
 
-def profile(model: Model, sequences: Sequences, micro_tokens: int = 16384, head_tokens: int = 1024) -> dict:
-    """Everything about a model's internal policies, as the JSON file has it; the measures are those of
-    `measure_all_layers` and the entropy changes of `with_changes`, each with its mean and error per layer."""
-    last = len(model.get_decoder().layers)
-    measure = partial(measure_all_layers, head_tokens=head_tokens)
-    sums = token_sums(model, sequences, measure, micro_tokens, per_token=10 * last + 4)
-    found = averages(with_changes(sums), sequences)
-    change = found["ffn_change"]["mean"]
-    return dict(
-        layers=last,
-        completions=len(sequences),
-        tokens=sum(len(completion) for _, completion in sequences),
-        boundary_layer=bupo.boundary_layer(change),
-        explores=max(change) > 0,
-        max_entropy=math.log(model.get_output_embeddings().weight.shape[0]),  # nats, of a uniform policy
-        measures=found,
-    )
+def mean_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
+    """The mean over all tokens, from sums and counts of tokens (C,) of completions; its error.
 
-
-def layer_over_training(folder: str, options: argparse.Namespace) -> dict:
-    """How one layer of a run moves: the averages of `measure_one_layer` at its start and at each of its checkpoints.
-
-    The layer is --layer, by default the one that the run optimised.
-    All of them are taken on the same token ids, completions of the model that the run started from (or those of
-    --completions): what moves is the network, not the text. So perplexity says how far pi has left its start.
+    Completions are independent, not their tokens: the error is that of a ratio of two sums over
+    completions, with residuals r_i = s_i - mean n_i. None if there is one completion.
     """
-    settings, records = run_config(folder), read_lines(Path(folder, "metrics.jsonl"))
-    config = config_for(settings["model"], options, settings)
-    saved = bupo.checkpoints(Path(folder))
-    if not saved:
-        raise UsageError(f"{folder} keeps no checkpoints; run bupo.py with --keep 0, which keeps them all.")
-    model, tokenizer = load(config)
-    last = len(model.get_decoder().layers)
-    layer = next((r["layer"] for r in records if "layer" in r), last) if options.layer is None else options.layer
-    if not 1 <= layer < last:
-        wrong = (
-            f"{folder} optimised no internal layer" if options.layer is None else f"There is no internal layer {layer}"
-        )
-        raise UsageError(f"{wrong}; name one from 1 to {last - 1} with --layer.")
-    sequences = get_sequences(model, tokenizer, config, options)
-    norm = config.internal_norm == "final"
-    measure = partial(measure_one_layer, layer=layer, norm=norm, head_tokens=config.head_tokens)
-    points = []
-    for source in tqdm([None, *saved], desc="checkpoints"):
-        if source is not None:
-            model, _ = bupo.load_model(str(source), model.device)
-        sums = token_sums(model, sequences, measure, config.micro_tokens)
-        found = averages(with_changes(sums), sequences)
-        mean, error = found["nll"]["mean"][0], found["nll"]["se"][0]
-        error = None if error is None else math.exp(mean) * error  # to first order
-        found["perplexity"] = dict(layer=[last], mean=[math.exp(mean)], se=[error])
-        points.append(dict(step=int(source.name.rpartition("-")[2]) if source else 0, measures=found))
-    tokens = sum(len(completion) for _, completion in sequences)
-    facts = dict(run=short_name(folder), layer=layer, layers=last, internal_steps=settings["internal_steps"])
-    return dict(facts, completions=len(sequences), tokens=tokens, points=points)
+    mean, count = float(sums.sum() / counts.sum()), len(counts)
+    residuals = sums - mean * counts  # (C,)
+    variance = count / max(1, count - 1) * float((residuals**2).sum())
+    return mean, math.sqrt(variance) / float(counts.sum()) if count > 1 else None
 
 
-def run_at_a_glance(folder: str, options: argparse.Namespace) -> dict:
-    """The entropy flow of a run at its start, at the end of phase 1 and at its last checkpoint; and its curves.
+@torch.no_grad()
+def read_tokens(model: Model, tokenizer: Tokenizer, prompt: list, ids: list, norm: bool) -> dict:
+    """What each pi^l says where `ids` follow a prompt: COLORS, and its five top tokens."""
 
-    H(pi^l) of every layer, on the same token ids each time: completions of the model that the run started from.
-    """
-    settings = run_config(folder)
-    config = config_for(settings["model"], options, settings)
-    steps = [int(source.name.rpartition("-")[2]) for source in bupo.checkpoints(Path(folder))]
-    if settings["internal_steps"] not in steps[:-1]:
-        keep = f"--keep 0, and a --save-every that divides its {settings['internal_steps']} steps of phase 1"
-        raise UsageError(f"{folder} keeps no checkpoint of the end of phase 1; run bupo.py with {keep}.")
-    (curves,) = training_curves([folder])
-    model, tokenizer = load(config)
-    sequences = get_sequences(model, tokenizer, config, options)
-    points = []
-    for step in (0, settings["internal_steps"], steps[-1]):
-        if step:
-            model, _ = bupo.load_model(str(Path(folder, f"checkpoint-{step}")), model.device)
-        points.append(dict(step=step, **profile(model, sequences, config.micro_tokens, config.head_tokens)))
-    return dict(run=short_name(folder), curves=curves, points=points)
+    def texts(tokens: list) -> list[str]:
+        return tokenizer.batch_decode([[token] for token in tokens])
+
+    layers = layer_states(model, *bupo.pad([(prompt, ids)], model.device))
+    following, rows = torch.tensor(ids, device=model.device)[:, None], []  # (n, 1)
+    pi = speak(model, layers[-1]["stream"], norm=True)  # (n, V)
+    for layer, at in enumerate(layers):
+        policy = speak(model, at["stream"], norm or layer == len(layers) - 1)  # (n, V)
+        top, said = policy.topk(5), policy.gather(-1, following)  # (n, 5), (n, 1)
+        row = dict(entropy=entropy(policy), prob=said[:, 0].exp(), rank=1 + (policy > said).sum(-1))
+        row |= dict(kl=kl(pi, policy), top_ids=top.indices, top_probs=top.values.exp())
+        one: dict = {name: value.tolist() for name, value in row.items()}
+        rows.append(dict(layer=layer, top=[texts(cell) for cell in one["top_ids"]], **one))
+    return dict(ids=ids, read=texts([prompt[-1], *ids[:-1]]), next=texts(ids), rows=rows)
 
 
-# 3 Curves =============================================================================================================
+# 2 Runs ===========================================================================================
 
-CURVES = ("reward", "eval_avg", "entropy", "layer_entropy", "completion_tokens")
-SAME_SETTING = ("seed", "out", *bupo.MAY_CHANGE)  # runs that differ in these only are repetitions of one setting
+CURVES = {  # what --runs draws of the logs
+    "reward": ("Reward in training", "mean reward"),
+    "eval_avg": ("Held-out accuracy, avg@k", "share of right answers"),
+    "eval_pass": ("pass@k at the last evaluation", "share of problems solved"),
+    "entropy": (r"Entropy of the policy $\pi$", "entropy (nats)"),
+    "layer_entropy": ("Entropy of the policy being optimized", "entropy (nats)"),
+    "completion_tokens": ("Completion length", "tokens per completion"),
+}
+FREE = {"seed", "out", "steps", "save_every", "keep", "device", "rollout_rows", "optimizer_device"}
+FREE |= {"micro_batch_tokens", "gradient_checkpointing"}  # runs that differ in these: one setting
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The objects of a file of JSON lines."""
-    try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read ({error.strerror}); check the path.") from error
-    except ValueError as error:
-        raise UsageError(f"{file} is not a file of JSON lines; give one that bupo.py has written.") from error
-    if not records or not all(isinstance(record, dict) and "step" in record for record in records):
-        raise UsageError(f"{file} has no step in some line, or no lines; give one that bupo.py has written.")
-    return records
-
-
-def run_config(folder: str) -> dict:
-    """The settings of a run, from its config.json."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        config = dict(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
-        if {"model", "seed", "internal_layer", "internal_steps", "internal_norm"} <= config.keys():
-            return config
-    raise UsageError(f"{folder} is not the folder of a run; name one that bupo.py has written.")
+    """The objects of a file of JSON lines, but a last line that a run has not ended yet."""
+    text = file.read_text(encoding="utf-8")
+    with bupo.explain(f"{file} has no JSON lines with a step", "give a file of bupo.py"):
+        records = [json.loads(line) for line in text[: text.rindex("\n")].splitlines()]
+        return [dict(record, step=record["step"]) for record in records]
 
 
 def training_curves(folders: list[str]) -> list[dict]:
-    """The curves of runs; runs of one setting become one curve each, with the standard error over the runs.
-
-    Of a single run only eval_avg has an error, its own over problems. Steps that not all runs of a setting have reached
-    are left out.
-    """
-    members: dict[str, dict[int, str]] = defaultdict(dict)  # setting -> seed -> folder
+    """Curves of runs; those of one setting become one, with its error, as far as all runs got."""
+    groups: dict[str, list[tuple]] = defaultdict(list)
     for folder in folders:
-        config = run_config(folder)
-        setting = {name: value for name, value in config.items() if name not in SAME_SETTING}
-        if not config["internal_steps"]:
-            setting |= dict(internal_layer=None, internal_norm=None)  # plain GRPO has no use for them
-        seeds = members[json.dumps(setting, sort_keys=True)]
-        if config["seed"] in seeds:
-            same = f"{seeds[config['seed']]} and {folder} are of one setting and one seed"
-            raise UsageError(f"{same}, which tells nothing of the error; name one of them.")
-        seeds[config["seed"]] = folder
-    settings, configs = [], [json.loads(setting) for setting in members]
-    for config, seeds in zip(configs, members.values(), strict=True):
-        runs = [read_lines(Path(folder, "metrics.jsonl")) for folder in seeds.values()]
-        training = [[record for record in run if "reward" in record] for run in runs]
-        if not all(training):
-            empty = list(seeds.values())[training.index([])]
-            raise UsageError(f"{empty} has no training steps, so no curves; name another run.")
-        settings.append(
-            dict(
-                runs=list(seeds.values()),
-                internal_steps=config["internal_steps"],
-                internal_layers=sorted({run[0]["layer"] for run in training}),  # differ where it was found by itself
-                eval_k=next((record["eval_k"] for record in runs[0] if "eval_k" in record), None),
-                curves={name: curve(runs, name) for name in CURVES},
-            )
-        )
-    for setting, label in zip(settings, labels(settings, configs), strict=True):
-        setting["label"] = label
+        config, records = bupo.read_config(folder), read_lines(Path(folder, "metrics.jsonl"))
+        setting = {name: value for name, value in config.items() if name not in FREE}
+        groups[json.dumps(setting)].append((folder, config, records))
+    settings = []
+    for group in groups.values():
+        names, configs, runs = zip(*group, strict=True)
+        if len({config["seed"] for config in configs}) < len(names):
+            raise UsageError(f"{' and '.join(names)}: one setting, one seed; give each seed once.")
+        layers = sorted({record["layer"] for run in runs for record in run if "layer" in record})
+        steps = configs[0]["internal_steps"] if layers else 0
+        method = f"BuPO, layer {layers[0]} for {steps} steps" if steps else "GRPO"
+        label = f"{method if layers else 'evaluation'}: {', '.join(names)}"
+        curves = {name: curve(runs, name) for name in CURVES}
+        settings.append(dict(label=label, layers=layers, internal_steps=steps, curves=curves))
     return settings
 
 
-def curve(runs: list[list[dict]], name: str) -> dict:
-    """One number of the logs against the step, the mean of the runs: {step: [...], mean: [...], se: [...]}."""
-    values = [{r["step"]: r[name] for r in run if name in r} for run in runs]
-    steps = sorted(set.intersection(*(set(v) for v in values)))
+def curve(runs: tuple[list[dict], ...], name: str) -> dict:
+    """One number of the logs against the step, or pass@k against k, the mean of the runs."""
+    values = [{r["step"]: r[name] for r in run if r.get(name) is not None} for run in runs]
+    if name == "eval_pass":
+        values = [dict(enumerate(v[max(v)], 1)) if v else {} for v in values]
+    steps = sorted(set.intersection(*map(set, values)))
     columns = [[v[step] for v in values] for step in steps]
-    if len(runs) > 1:
-        errors = [statistics.stdev(column) / len(column) ** 0.5 for column in columns]
-    else:
-        own = {r["step"]: r["eval_se"] for r in runs[0] if name in r and name == "eval_avg"}
-        errors = [own.get(step) for step in steps]
-    return dict(step=steps, mean=[statistics.fmean(column) for column in columns], se=errors)
+    errors: list[float | None] = [stdev(c) / len(c) ** 0.5 if len(c) > 1 else None for c in columns]
+    if name == "eval_avg" and len(runs) == 1:  # has an error of its own, over problems
+        own = {r["step"]: r.get("eval_se") for r in runs[0]}
+        errors = [own[step] for step in steps]
+    return dict(step=steps, mean=[fmean(column) for column in columns], se=errors)
 
 
-def labels(settings: list[dict], configs: list[dict]) -> list[str]:
-    """What a legend calls each setting: its method, the other settings in which it differs, the number of its runs."""
-    names = []
-    differ = [n for n in configs[0] if len({str(c[n]) for c in configs if c.get(n) is not None}) > 1]
-    for setting, config in zip(settings, configs, strict=True):
-        layers, steps = "/".join(map(str, setting["internal_layers"])), setting["internal_steps"]
-        parts = [f"BuPO, layer {layers} for {steps} steps" if steps else "GRPO"]
-        known = ("internal_layer", "internal_steps")
-        parts += [f"{n.replace('_', ' ')} {config[n]}" for n in differ if n not in known and config.get(n) is not None]
-        names.append(", ".join(parts + [f"{len(setting['runs'])} seeds"] * (len(setting["runs"]) > 1)))
-    twice = [
-        f" ({setting['runs'][0]})" * (names.count(name) > 1) for name, setting in zip(names, settings, strict=True)
-    ]
-    return [name + folder for name, folder in zip(names, twice, strict=True)]
+# 3 Pictures =======================================================================================
 
-
-# 4 Pictures ===========================================================================================================
-
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito: also for the colour-blind
-STYLES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("black", "X")]
-plt.rc("font", size=8)
-plt.rc("axes", titlesize=9, grid=True)
+FRAME, FONT = "#D55E00", FontProperties(family="DejaVu Sans Mono", size=6.5)  # points
+COLORS = {  # of the lens
+    "entropy": r"entropy of $\pi^l$ (nats)",
+    "prob": r"probability of the next token under $\pi^l$",
+    "rank": r"rank of the next token in $\pi^l$",
+    "kl": r"KL$(\pi \| \pi^l)$ (nats)",
+}
+STEP = "training step"  # the x axis on which phase 1 is gray
+plt.switch_backend("Agg")  # no window
+plt.rc("font", size=8, family="DejaVu Sans")  # comes with matplotlib
+colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black"]  # Okabe, Ito
+plt.rc("axes", titlesize=9, grid=True, prop_cycle=plt.cycler(color=colors, marker=[*"os^DvPX"]))
 plt.rc("axes.spines", top=False, right=False)
 plt.rc("lines", linewidth=1.3, markersize=3.5)
-plt.rc("legend", fontsize=7, frameon=False)
+plt.rc("legend", fontsize=7, frameon=False, columnspacing=1, labelspacing=0.2, borderpad=0)
 plt.rc("grid", color="#e6e6e6")
 plt.rc("figure.constrained_layout", use=True, w_pad=0.08)  # inches
-plt.rc("savefig", dpi=200)
 
 
-def line(axis: Axes, points: dict, label: str | None, style: int, dash: str = "-", scale: float = 1.0) -> None:
-    """A mean with its band of one standard error; marks and dashes tell lines apart where colours do not.
+def picture(panels: list, columns: int, title: str, phase: int = 0) -> plt.Figure:
+    """Panels of means with bands of one standard error; gray up to step `phase`, phase 1's end.
 
-    points: {layer or step: [...], mean: [...], se: [...]}.
+    A panel: title, x, y, lines {label: {layer or step, mean, se: [...]}}, and a place on the x axis
+    with its name, or None. Of one title: one scale in a row. The same lines in all: one legend.
     """
-    x, mean, se = points.values()
-    colour, mark = STYLES[style % len(STYLES)]
-    every = max(1, len(x) // 12)
-    y = [scale * m for m in mean]
-    axis.plot(x, y, dash, color=colour, marker=mark, markevery=every, label=label)
-    if None not in se:
-        low, high = ([m + side * scale * e for m, e in zip(y, se, strict=True)] for side in (-1, 1))
-        axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-
-
-def finish(axis: Axes, title: str, x: str, y: str, rows: int = 1) -> None:
-    """Name a panel and its axes; the legend, of so many rows, lies under the title, where it hides no line."""
-    axis.set(xlabel=x, ylabel=y)
-    axis.set_title(title, loc="left", pad=5 + 9 * rows)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    handles = axis.get_legend_handles_labels()[0]
-    if handles:
-        columns = 1 if len(handles) <= rows else 2
-        space = dict(borderaxespad=0.1, borderpad=0.0, columnspacing=1.2, labelspacing=0.2)
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **space)
-
-
-def draw_profiles(found: list[dict]) -> Figure:
-    """Four panels for each model: a square for one model, columns side by side for several."""
-    single = len(found) == 1
-    figure = plt.figure(figsize=(7.2, 6.2) if single else (3.5 * len(found), 11.0))
-    parts, columns = figure.subfigures(1, len(found), squeeze=False)[0], []
-    names = [model["model"] if single else fill(model["model"], 42) for model in found]
-    rows = max(name.count("\n") for name in names)
-    for model, name, part in zip(found, names, parts, strict=True):
-        space = " " if single else "\n" * (1 + rows - name.count("\n"))  # one height, so that the panels are level
-        part.suptitle(f"{name}:{space}{model['completions']} completions, {model['tokens']:,} tokens")
-        columns.append(list(part.subplots(*((2, 2) if single else (4, 1))).flat))
-        draw_profile(model, columns[-1])
-    for row in zip(*columns, strict=True):  # one scale for all models
-        low, high = zip(*(axis.get_ylim() for axis in row), strict=True)
-        for axis in row:
-            axis.set_ylim(min(low), max(high))
+    rows, same = len(panels) // columns, len({panel[0] for panel in panels}) < len(panels)
+    how: Any = dict(squeeze=False, sharey="row" if same else "none")
+    figure, axes = plt.subplots(rows, columns, figsize=(3.15 * columns, 2.6 * rows), **how)
+    one_legend = len({tuple(lines) for *_, lines, _ in panels}) == 1
+    for axis, (name, x, y, lines, mark) in zip(axes.flat, panels, strict=True):
+        for label, (at, mean, se) in ((label, line.values()) for label, line in lines.items()):
+            (line,) = axis.plot(at, mean, label=label, markevery=max(1, len(at) // 12))
+            if None not in se:
+                low, high = ([m + s * e for m, e in zip(mean, se, strict=True)] for s in (-1, 1))
+                axis.fill_between(at, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        if phase and x == STEP:
+            axis.axvspan(0, phase, color="black", alpha=0.08, linewidth=0)
+        if axis.get_ylim()[0] < 0 < axis.get_ylim()[1]:
+            axis.axhline(0, color="black", linewidth=0.8)
+        if mark:
+            axis.axvline(mark[0], color="black", linestyle="--", label=f"{mark[1]} layer {mark[0]}")
+        axis.set(xlabel=x, ylabel=y)
+        axis.set_title(name, loc="left", pad=5 if one_legend else 23)
+        axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        if not one_legend:  # under the title, where it hides no line
+            count = len(axis.get_legend_handles_labels()[0])
+            axis.legend(ncols=(count + 1) // 2 or 1, loc="lower left", bbox_to_anchor=(-0.02, 0.98))
+    if one_legend:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center")
+    figure.suptitle(f"{title}; bands: one standard error")
     return figure
 
 
-def draw_profile(model: dict, axes: list[Axes]) -> None:
-    """The four panels of one model, from its `profile`. The embeddings, layer 0, are among the numbers only."""
+def cell_text(token: str, width: float) -> str:
+    """A token in a cell of so many inches: spaces visible, escapes for what the font lacks; cut."""
+    glyphs = get_font(findfont(FONT))
+    token = token.translate({ord(" "): "\u00b7", ord("\n"): "\u21b5", ord("\t"): "\u21e5"})
+    known = [c.isprintable() and glyphs.get_char_index(ord(c)) for c in token]
+    token = "".join(c if k else ascii(c)[1:-1] for c, k in zip(token, known, strict=True))
+    most = int((width - 0.03) * 72 / (0.602 * FONT.get_size()))  # all its characters are as wide
+    return token if len(token) <= most else token[: most - 1] + "\u2026"
 
-    def draw(axis: Axes, name: str, label: str | None, style: int, dash: str = "-", scale: float = 1.0) -> None:
-        measure = model["measures"][name]
-        start = measure["layer"].index(1)
-        line(axis, {key: values[start:] for key, values in measure.items()}, label, style, dash, scale)
 
-    flow, change, agreement, cosine = axes
-    draw(flow, "policy", r"layer $\pi^l$, with the final norm", 0)
-    draw(flow, "policy_without_norm", r"layer $\pi^l$, without it", 3, "--")
-    draw(flow, "attention", "attention $A^l$", 1, "-.")
-    draw(flow, "ffn", "FFN $F^l$", 2, ":")
-    flow.axhline(model["max_entropy"], color="black", linewidth=0.8, linestyle=(0, (1, 3)), label="uniform, ln V")
-    finish(flow, "Entropy of the internal policies", "layer $l$", "entropy (nats)", rows=3)
+def draw_lens(found: list[dict], color: str) -> plt.Figure:
+    """Token x layer: for each model bands of tokens; a layer is a row, what follows is on top."""
+    count, models = len(found[0]["ids"]), len(found)
+    bands = math.ceil(count / max(4, 26 // models))
+    columns = math.ceil(count / bands)
+    shown = [m["rows"][:: -max(1, math.ceil((len(m["rows"]) - 1) / 16))][::-1] for m in found]
+    cell = min(max(9.0 / (columns * models), 0.34), 0.6)  # inches of width; 0.2 of height
+    size = max(6, models * (cell * columns + 0.5)), bands * (2 + max(map(len, shown))) * 0.2 + 1.1
+    values = [value for rows in shown for row in rows for value in row[color]]
+    scale = LogNorm(1, max(2, *values)) if color == "rank" else plt.Normalize(0, max(1e-3, *values))
+    colors = plt.cm.ScalarMappable(scale, "Blues" if color == "prob" else "Blues_r")
+    figure, axes = plt.subplots(bands, models, figsize=size, squeeze=False)
 
-    draw(change, "attention_change", "by attention", 1, "-.")
-    draw(change, "ffn_change", "by the FFN", 2)
-    change.axhline(0, color="black", linewidth=0.8)
-    if model["explores"]:
-        boundary = model["boundary_layer"]
-        change.axvline(boundary, color="black", linewidth=0.9, linestyle="--", label=f"boundary layer {boundary}")
+    def write(axis: plt.Axes, x: float, y: float, token: str, color: str) -> None:
+        how: Any = dict(ha="center", va="center_baseline", parse_math=False, font=FONT, color=color)
+        axis.text(x + 0.5, y + 0.45, cell_text(token, cell), **how)
+
+    for k, axis in enumerate(axes.flat):
+        band, m = divmod(k, models)
+        model, rows, part = found[m], shown[m], range(count)[band * columns : (band + 1) * columns]
+        numbers = [[row[color][i] for i in part] for row in rows]
+        axis.pcolormesh(numbers, cmap=colors.cmap, norm=scale, edgecolors="white", linewidth=0.6)
+        for x, i in enumerate(part):
+            write(axis, x, -1, model["read"][i], "#666666")
+            write(axis, x, len(rows), model["next"][i], FRAME)
+            for y, row in enumerate(rows):
+                light = sum(colors.to_rgba(row[color][i])[:2]) > 0.95  # of blues: red and green
+                write(axis, x, y, row["top"][i][0], "black" if light else "white")
+                if row["top_ids"][i][0] == model["ids"][i]:
+                    frame = plt.Rectangle((x + 0.05, y + 0.07), 0.9, 0.86, fill=False)
+                    axis.add_patch(frame).set(edgecolor=FRAME, linewidth=1.2)
+        names = ["reads", *(row["layer"] for row in rows), "next"]
+        axis.set(xlim=(0, columns), ylim=(-1, max(map(len, shown)) + 1), xticks=[], frame_on=False)
+        axis.set_yticks([y - 0.5 for y in range(len(names))], names)
+        axis.tick_params(length=0, pad=2, grid_linewidth=0)
+        axis.set_title("" if band else f"layers of {model['model']}", loc="left", pad=2)
+    title = r"Top token of each layer's policy $\pi^l$; framed where it is the token that came next"
+    figure.suptitle(title, fontsize=10)
+    figure.colorbar(colors, ax=axes, location="bottom", shrink=0.5, aspect=50, label=COLORS[color])
+    return figure
+
+
+# 4 Modes: load, get sequences, measure, print, draw ===============================================
+
+
+def load(name: str, options: argparse.Namespace, run: dict | None = None) -> tuple:
+    """The settings for a model, by the flags given and what the run asked; model and tokenizer."""
+    given = {k: v for k, v in vars(options).items() if k in SETTINGS and v is not None}
+    asked = {k: run[k] for k in SETTINGS if run and k not in ("device", "precision")}
+    config = bupo.configure(**{**asked, **given, "model": name})
+    model, tokenizer = bupo.load_model(name, seed=config.seed)
+    if name == "tiny":
+        torch.set_num_threads(1)  # more make so small a model slower
+        bupo.pretrain(model, tokenizer, config.pretrain_steps, config.seed)
+    return config, bupo.place(model, *bupo.choose_device(config)), tokenizer
+
+
+def get_sequences(config: Config, model: Model, tokenizer: Tokenizer, options: Any) -> Sequences:
+    """(prompt, completion) pairs of token ids: of --text, of --completions, or sampled."""
+    n, source = options.nth or 1, options.completions or "--text"
+    count = n if options.lens else options.problems or 64
+    part = slice(n - 1, n) if options.lens else slice(-count, None)  # of a file, the newest
+    if options.text is not None:
+        ids = tokenizer(options.text).input_ids
+        sequences = [(ids[:1], ids[1:])]
+    elif options.completions:
+        records = read_lines(Path(source))[part]
+        sequences = [(record.get("prompt_ids"), record.get("ids")) for record in records]
     else:
-        change.plot([], [], " ", label="no layer explores")
-    finish(change, "Entropy change within the block", "layer $l$", "entropy change (nats)", rows=3)
-
-    right = agreement.twinx()
-    draw(agreement, "kl", r"KL$(\pi \,\|\, \pi^l)$ (left)", 0)
-    draw(right, "top1", None, 1, "--", 100)
-    agreement.plot([], [], "--s", color=ORANGE, label="same top token (right)")
-    right.set_ylabel("same top token (% of tokens)", color=ORANGE)
-    right.set_ylim(-4, 104)
-    right.grid(False)
-    right.spines.right.set_visible(True)
-    finish(agreement, r"Agreement with the final policy $\pi$", "layer $l$", "KL divergence (nats)")
-    agreement.set_ylim(bottom=-0.04 * agreement.get_ylim()[1])  # the zeros of both axes at one height
-    agreement.yaxis.label.set_color(BLUE)
-
-    draw(cosine, "attention_cosine", r"$A^l$ and $H^{l-1}$", 1, "-.")
-    draw(cosine, "ffn_cosine", r"$F^l$ and $H^{l-1}+A^l$", 2)
-    cosine.axhline(0, color="black", linewidth=0.8)
-    finish(cosine, "Writing and the stream written to", "layer $l$", "cosine similarity")
-    for axis in axes:
-        axis.set_xlim(0.6 - model["layers"] / 100, model["layers"] * 1.02 + 0.3)
-        axis.set_xticks([1, *(k for k in axis.get_xticks() if 1 < k <= model["layers"])])  # layers count from 1
-
-
-def shade_phase_1(axis: Axes, ends: list[int]) -> None:
-    """Grey over the steps of phase 1, darker where several settings are in it."""
-    for n, end in enumerate(sorted({end for end in ends if end})):
-        axis.axvspan(0, end, color="black", alpha=0.08, linewidth=0, label=None if n else "phase 1")
-
-
-def draw_curves(settings: list[dict]) -> Figure:
-    """Reward, held-out accuracy, entropies and completion length against the step, all settings overlaid."""
-    figure, axes = plt.subplots(2, 2, figsize=(7.2, 6.0))
-    (reward, accuracy, entropy, length), names = axes.flat, []
-    for axis in axes.flat:
-        shade_phase_1(axis, [setting["internal_steps"] for setting in settings])
-    for style, setting in enumerate(settings):
-        curves, (colour, mark) = setting["curves"], STYLES[style % len(STYLES)]
-        line(reward, curves["reward"], None, style)
-        line(entropy, curves["entropy"], None, style)
-        line(entropy, curves["layer_entropy"], None, style, ":")
-        line(length, curves["completion_tokens"], None, style)
-        step, mean, se = curves["eval_avg"].values()
-        bars = None if None in se else [100 * error for error in se]
-        accuracy.errorbar(step, [100 * m for m in mean], bars, color=colour, marker=mark, capsize=2, elinewidth=0.9)
-        names.append(Line2D([], [], color=colour, marker=mark, label=fill(setting["label"], 110)))
-    entropy.plot([], [], "-", color="black", label=r"policy $\pi$")
-    entropy.plot([], [], ":", color="black", label="policy being optimised")
-    ks = "/".join(map(str, sorted({setting["eval_k"] for setting in settings if setting["eval_k"]})))
-    finish(reward, "Reward in training", "training step", "mean reward")
-    finish(accuracy, f"Held-out accuracy, avg@{ks}" if ks else "Held-out accuracy", "training step", "accuracy (%)")
-    finish(entropy, "Entropy of the policies", "training step", "entropy (nats)", rows=2)
-    finish(length, "Completion length", "training step", "tokens per completion", rows=2)
-    short = len(settings) > 2 and max(len(setting["label"]) for setting in settings) < 50
-    figure.legend(handles=names, loc="outside lower center", ncols=2 if short else 1)
-    return figure
-
-
-def draw_over_training(found: dict) -> Figure:
-    """Figure 5 of the paper: what training does to the optimised layer, against the step."""
-    layer, steps = found["layer"], [point["step"] for point in found["points"]]
-    figure, axes = plt.subplots(2, 2, figsize=(7.2, 6.0))
-    similarity, change, divergence, perplexity = axes.flat
-
-    def draw(axis: Axes, name: str, k: int, label: str | None, style: int, dash: str = "-") -> None:
-        measures = [point["measures"][name] for point in found["points"]]
-        mean, se = ([m[key][m["layer"].index(k)] for m in measures] for key in ("mean", "se"))
-        line(axis, dict(step=steps, mean=mean, se=se), label, style, dash)
-
-    for axis in axes.flat:
-        shade_phase_1(axis, [found["internal_steps"]])
-    above = found["points"][0]["measures"]
-    for style, (k, dash) in enumerate(zip(above["cosine"]["layer"], ("-", "--", ":"), strict=False)):
-        draw(similarity, "cosine", k, f"$H^{{{layer}}}$ and $H^{{{k}}}$", style, dash)
-    for style, (k, dash) in enumerate(zip(above["kl"]["layer"], ("-", "--", ":"), strict=False)):
-        draw(divergence, "kl", k, rf"KL$(\pi^{{{layer}}} \,\|\, \pi^{{{k}}})$", style, dash)
-    draw(change, "layer_change", layer, "by the layer", 0)
-    draw(change, "attention_change", layer, "by its attention", 1, "-.")
-    draw(change, "ffn_change", layer, "by its FFN", 2, ":")
-    change.axhline(0, color="black", linewidth=0.8)
-    draw(perplexity, "perplexity", found["layers"], None, 0)
-    finish(similarity, "Similarity to the top layers", "training step", "cosine similarity", rows=2)
-    finish(change, f"Entropy change of layer {layer}", "training step", "entropy change (nats)", rows=2)
-    finish(divergence, "Divergence from later layers", "training step", "KL divergence (nats)", rows=2)
-    finish(perplexity, "Perplexity of the policy", "training step", "perplexity of the fixed completions", rows=2)
-    tokens = f"{found['completions']} completions, {found['tokens']:,} tokens"
-    figure.suptitle(f"{found['run']}: layer {layer} of {found['layers']}, {tokens}")
-    return figure
-
-
-def draw_overview(found: dict) -> Figure:
-    """Left: the entropy of every layer's policy at three moments of a run. Right: reward and accuracy, with phase 1."""
-    figure, (flow, reward) = plt.subplots(1, 2, figsize=(7.2, 3.0))
-    names = ("before RL", "after phase 1", "at the end")
-    for style, (name, point, dash) in enumerate(zip(names, found["points"], (":", "--", "-"), strict=True)):
-        line(flow, point["measures"]["policy"], f"{name}, step {point['step']}", style, dash)
-    setting = found["curves"]
-    layer, last, curves = setting["internal_layers"][0], found["points"][0]["layers"], setting["curves"]
-    flow.axvline(layer, color="black", linewidth=0.8, linestyle="--")
-    flow.text(layer, 0.98, f" l = {layer}", transform=flow.get_xaxis_transform(), va="top")
-    shade_phase_1(reward, [setting["internal_steps"]])
-    line(reward, curves["reward"], "reward in training", 0)
-    step, mean, se = curves["eval_avg"].values()  # points, no line: what lies between them was not measured
-    bars = None if None in se else se
-    accuracy = f"held-out accuracy, avg@{setting['eval_k']}"
-    reward.errorbar(step, mean, bars, fmt="s", color=ORANGE, capsize=2, label=accuracy)
-    finish(flow, "Entropy of each layer's policy", f"layer l of {last} (0: embeddings)", "entropy (nats)", rows=3)
-    finish(reward, rf"Phase 1: $\pi^{{{layer}}}$, then $\pi$", "training step", "share of right answers", rows=3)
-    return figure
-
-
-# 5 Command line =======================================================================================================
-
-OF_CONFIG = (  # flags that mean what they mean in bupo.py
-    *("max_prompt", "max_completion", "temperature", "internal_norm", "system", "thinking", "seed"),
-    *("device", "rows", "micro_tokens", "head_tokens"),
-)
-
-
-def config_for(model: str, options: argparse.Namespace, run: dict | None = None) -> Config:
-    """bupo.py's settings for a model: the flags, then those of the run if there is one, then the defaults."""
-    known = Config.__dataclass_fields__
-    given = {name: value for name, value in vars(options).items() if name in known and value is not None}
-    of_run = {name: value for name, value in (run or {}).items() if name in known}
-    return Config(**{**of_run, **given, "model": model, "internal_layer": "auto", "out": ""})
-
-
-def short_name(model: str) -> str:
-    """What pictures call a model: its id on the Hub, or the name of its folder, after that of its run if it has one."""
-    folder = Path(model).resolve()
-    if not folder.exists():
-        return model
-    return f"{folder.parent.name}/{folder.name}" if (folder.parent / "metrics.jsonl").exists() else folder.name
-
-
-def load(config: Config) -> tuple[Model, Tokenizer]:
-    """The model that a run with these settings starts from, in float32."""
-    model, tokenizer = bupo.load_model(config.model, bupo.choose_device(config)[0], config.seed)
-    bupo.check_against_model(config, model, tokenizer)
-    if config.model == "tiny":
-        bupo.warm_up(model, tokenizer, config.warm_up_steps, config.seed)
-    return model, tokenizer
-
-
-def get_sequences(model: Model, tokenizer: Tokenizer, config: Config, options: argparse.Namespace) -> Sequences:
-    """(prompt, completion) pairs of token ids: those of --completions, or sampled from the model."""
-    count = 64 if options.problems is None else options.problems
-    if options.completions:
-        return read_completions(Path(options.completions), count, model.get_output_embeddings().weight.shape[0])
-    problems = bupo.usable_problems(config.eval_dataset, count, tokenizer, config)
-    prompts, completions = complete(model, tokenizer, problems, config)
-    return [(prompt, completion.ids) for prompt, completion in zip(prompts, completions, strict=True)]
-
-
-def complete(
-    model: Model, tokenizer: Tokenizer, problems: list[bupo.Problem], config: Config
-) -> tuple[list[list[int]], list[bupo.Completion]]:
-    """One sampled completion of each problem: prompts as token ids, `bupo.Completion`s. The same draws at each call."""
-    prompts = [bupo.encode(tokenizer, problem, config.thinking) for problem in problems]
-    ends, stream = bupo.end_tokens(model, tokenizer), bupo.random_stream(model.device, config.seed, "analysis")
-    limits = (config.max_completion, ends, config.temperature, config.rows)
-    return prompts, bupo.sample(model, prompts, *limits, stream, "completions")
-
-
-def read_completions(file: Path, count: int, vocabulary: int) -> Sequences:
-    """The last so many completions of a file such as a run's completions.jsonl, as the token ids that were sampled."""
-    records = read_lines(file)[-count:]
-    steps = dict.fromkeys(str(record["step"]) for record in records)
-    print(f"Completions {len(records)} of {file}, of training step {', '.join(steps)}")
-    sequences: Sequences = [(record.get("prompt_ids", []), record.get("ids", [])) for record in records]
-    for ids in (ids for pair in sequences for ids in pair):
-        if not (isinstance(ids, list) and ids and all(type(i) is int for i in ids)):
-            raise UsageError(f"{file} lacks prompt_ids or ids, lists of token ids; give a run's completions.jsonl.")
-        if not all(0 <= i < vocabulary for i in ids):
-            raise UsageError(f"{file} has token ids that the model lacks; give completions of its own tokenizer.")
+        source = config.eval_dataset
+        problems = bupo.load_problems(source, count, config.system)[part]
+        sequences = complete(config, model, tokenizer, problems)
+    size = len(model.get_output_embeddings().weight)
+    for ids in (ids for pair in sequences or [((), ())] for ids in pair):
+        if not ids or not all(type(i) is int and 0 <= i < size for i in ids):
+            raise UsageError(f"{source} lacks prompt_ids or ids of this model; give another.")
     return sequences
 
 
-def profile_models(options: argparse.Namespace) -> tuple[dict, Figure]:
-    """Profile the models of --model one after the other; say what each table shows."""
+def complete(config: Config, model: Model, tokenizer: Tokenizer, problems: list) -> Sequences:
+    """A sampled completion of each problem, the same at each call."""
+    prompts = [bupo.encode(tokenizer, problem) for problem in problems]
+    rows = bupo.rollout_rows(model, max(map(len, prompts), default=0), config)
+    stream = bupo.random_stream(model.device, config.seed, "analysis")
+    how = config.max_new_tokens, bupo.end_tokens(model, tokenizer), config.temperature, rows
+    found = bupo.sample(model, prompts, *how, stream)
+    return [(prompt, completion.ids) for prompt, completion in zip(prompts, found, strict=True)]
+
+
+def profile_models(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
+    """Models side by side, and what to pass to --internal-layer."""
     found = []
     for name in options.model or ["tiny"]:
-        config = config_for(name, options)
-        model, tokenizer = load(config)
-        sequences = get_sequences(model, tokenizer, config, options)
-        found.append(dict(model=short_name(name), **profile(model, sequences, config.micro_tokens, config.head_tokens)))
-        say_profile(found[-1])
-    return dict(models=found), draw_profiles(found)
+        config, model, tokenizer = load(name, options)
+        sequences = get_sequences(config, model, tokenizer, options)
+        one = profile(model, sequences, config.micro_batch_tokens // 4)
+        found.append(dict(model=name, **one))
+        print(f"\n{name}: means of {one['tokens']:,} tokens; H, d, KL and NLL in nats")
+        print("layer" + "".join(f"{column:>8}" for column, *_ in MEASURES.values()))
+        for k in range(-one["layers"], 0):
+            means = (one["measures"][key]["mean"][k] for key in MEASURES)
+            print(f"{one['layers'] + k + 1:5}" + "".join(f"{mean:8.2f}" for mean in means))
+        why = "Boundary layer" if one["explores"] else "No FFN raises the entropy: last layer"
+        print(f"{why} {one['boundary_layer']}: pass --internal-layer {one['boundary_layer']}")
+    panels = []
+    for panel, (title, y) in PANELS.items():
+        for one in found:
+            x = f"layer $l$ of {one['model']}"
+            names = {name: label for name, (_, where, label) in MEASURES.items() if where == panel}
+            drawn = {label: one["measures"][name] for name, label in names.items()}
+            lines = {k: {a: b[-one["layers"] :] for a, b in v.items()} for k, v in drawn.items()}
+            mark = one["boundary_layer"], "boundary"
+            marked = one["explores"] and panel == "modules"
+            panels.append((title, x, y, lines, mark if marked else None))
+    tokens = (f"{m['model']}: {m['completions']} completions, {m['tokens']} tokens" for m in found)
+    return dict(models=found), picture(panels, len(found) if found[1:] else 3, "\n".join(tokens))
 
 
-COLUMNS = {  # of the table: the heading, and the measure under it
-    "H(pi^l)": "policy",
-    "no norm": "policy_without_norm",
-    "H(A^l)": "attention",
-    "H(F^l)": "ffn",
-    "d layer": "layer_change",
-    "d attn": "attention_change",
-    "d FFN": "ffn_change",
-    "KL": "kl",
-    "top-1": "top1",
-    "cos A": "attention_cosine",
-    "cos F": "ffn_cosine",
-}
+def lens(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
+    """Token x layer, of one completion; of several models the first one samples it."""
+    found: list[dict] = []
+    for name in options.model or ["tiny"]:
+        config, model, tokenizer = load(name, options)
+        if not found:
+            ((prompt, ids),) = get_sequences(config, model, tokenizer, options)
+            ids = ids[:96]  # what a page holds
+            text = tokenizer.decode([*prompt, *ids])
+            print(f"\n{text}")
+        if tokenizer.decode([*prompt, *ids]) != text:
+            raise UsageError(f"{name} has another tokenizer than {options.model[0]}; leave it out.")
+        one = read_tokens(model, tokenizer, prompt, ids, config.internal_norm == "final")
+        found.append(dict(model=name, **one))
+    return dict(models=found), draw_lens(found, options.color or "entropy")
 
 
-def say_profile(found: dict) -> None:
-    """A table of means, a line per layer, and what to pass to --internal-layer."""
-    last, boundary, measures = found["layers"], found["boundary_layer"], found["measures"]
-    print(f"\n{found['model']}: means of {found['tokens']:,} tokens. H: entropy, d: its change, KL(pi || pi^l): nats;")
-    print("top-1: the share of tokens for which pi^l prefers what pi does; cos: A^l or F^l against the stream it joins")
-    print("layer" + "".join(f"{heading:>8}" for heading in COLUMNS))
-    for layer in range(1, last + 1):
-        cells = [measures[name]["mean"][layer - measures[name]["layer"][0]] for name in COLUMNS.values()]
-        print(f"{layer:5}" + "".join(f"{cell:8.2f}" for cell in cells))
-    if not found["explores"]:
-        print(f"No layer explores, no FFN entropy change being positive: --internal-layer {last} is plain GRPO.")
-    elif boundary == last:
-        print(f"The exploring region reaches layer {last}, the policy itself: --internal-layer {last} is plain GRPO.")
+def curves_of_runs(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
+    """Training curves, and the held-out accuracies of each setting."""
+    settings, panels = training_curves(options.runs), []
+    for one in settings:
+        for step, mean, error in zip(*one["curves"]["eval_avg"].values(), strict=True):
+            errors = "" if error is None else f" (standard error {error:.1%})"
+            print(f"{one['label']}: step {step}, held-out accuracy {mean:.1%}{errors}")
+    for name, (title, y) in CURVES.items():
+        lines = {one["label"]: one["curves"][name] for one in settings}
+        panels.append((title, "k" if name == "eval_pass" else STEP, y, lines, None))
+    end = max(one["internal_steps"] for one in settings)
+    return dict(settings=settings), picture(panels, 3, "Runs; gray: phase 1", end)
+
+
+def follow_run(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
+    """The start of a run and its checkpoints, on the same token ids: what moves is the network."""
+    folder = options.overview or options.layers_over_training
+    run, (logs,) = bupo.read_config(folder), training_curves([folder])
+    saved = {int(path.name.partition("-")[2]): path for path in bupo.checkpoints(Path(folder))}
+    if not saved:
+        raise UsageError(f"{folder} keeps no checkpoint; run bupo.py with --keep 0, or wait.")
+    config, model, tokenizer = load(run["model"], options, run)
+    last, steps = len(model.get_decoder().layers), logs["internal_steps"]
+    layer = options.layer or (logs["layers"] or [last])[0]
+    if options.layers_over_training and layer >= last:
+        raise UsageError(f"{folder} has no internal layer {layer}; name one below {last}: --layer.")
+    sequences, points = get_sequences(config, model, tokenizer, options), []
+    norm, kept = config.internal_norm == "final", {steps, max(saved)} if options.overview else saved
+    for step in sorted({0, *saved.keys() & kept}):
+        if step:
+            model, _ = bupo.load_model(str(saved[step]), model.device, model.dtype)
+        found = profile(model, sequences, config.micro_batch_tokens // 4, norm, layer)
+        points.append(dict(step=step, **found))
+
+    def over(name: str, k: int) -> dict:  # a measure of layer k against the step
+        found = [point["measures"][name] for point in points]
+        values = {key: [one[key][one["layer"].index(k)] for one in found] for key in ("mean", "se")}
+        return dict(step=[point["step"] for point in points], **values)
+
+    if options.overview:
+        when = {max(saved): "last checkpoint", steps: "after phase 1", 0: "before RL"}
+        flow = {f"step {p['step']}, {when[p['step']]}": p["measures"]["policy"] for p in points}
+        x, mark = f"layer $l$ of {last} (0: embeddings)", (layer, "optimized") if steps else None
+        title = rf"Phase 1: $\pi^{{{layer}}}$ (gray), then $\pi$" if steps else r"GRPO: $\pi$"
+        names = dict(reward="reward in training", eval_avg="held-out accuracy")
+        lines = {label: logs["curves"][key] for key, label in names.items()}
+        panels: list = [("Entropy of each layer's policy", x, "entropy (nats)", flow, mark)]
+        panels.append((title, STEP, "share of right answers", lines, None))
     else:
-        print(f"Boundary layer {boundary} of {last}: pass --internal-layer {boundary} to bupo.py.")
-
-
-def curves_of_runs(options: argparse.Namespace) -> tuple[dict, Figure]:
-    """The curves of --runs; say the last accuracy of each."""
-    settings = training_curves(options.runs)
-    for setting in settings:
-        for step, mean, error in list(zip(*setting["curves"]["eval_avg"].values(), strict=True))[-1:]:
-            errors = "" if error is None else f" (standard error {100 * error:.1f})"
-            print(f"{setting['label']}: held-out accuracy {100 * mean:.1f} %{errors} at step {step}")
-    return dict(settings=settings), draw_curves(settings)
-
-
-def follow_layer(options: argparse.Namespace) -> tuple[dict, Figure]:
-    """Follow the layer of --layers-over-training; print a line per checkpoint."""
-    found = layer_over_training(options.layers_over_training, options)
-    shown = ("cosine", "kl", "layer_change", "ffn_change", "perplexity")
-    print(f"\nLayer {found['layer']} of {found['layers']}; the cosine and KL to the top layer {found['layers']}; nats")
-    print(" step" + "".join(f"{name.replace('_', ' '):>14}" for name in shown))
-    for point in found["points"]:
-        print(f"{point['step']:5}" + "".join(f"{point['measures'][name]['mean'][-1]:14.3f}" for name in shown))
-    return found, draw_over_training(found)
-
-
-def overview(options: argparse.Namespace) -> tuple[dict, Figure]:
-    """A run at a glance: print the entropies of the layers' policies at the three moments."""
-    found = run_at_a_glance(options.overview, options)
-    for point in found["points"]:
-        print(f"step {point['step']:4}: " + " ".join(f"{h:.2f}" for h in point["measures"]["policy"]["mean"]) + " nats")
-    return found, draw_overview(found)
+        above = sorted({layer + 1, (layer + 1 + last) // 2, last})
+        near, far = ({f"k = {k}": over(f"low_{n}", k) for k in above} for n in ("cosine", "kl"))
+        change = {n: over(f"{n.lower()}_change", layer) for n in ("layer", "attention", "FFN")}
+        rest = [
+            (f"Similarity of layers {layer} and k", "cosine of $H^l$ and $H^k$", near),
+            (f"Entropy change of layer {layer}", "entropy change (nats)", change),
+            (f"Divergence of layers {layer} and k", r"KL$(\pi^l \| \pi^k)$ (nats)", far),
+            (r"Log-perplexity of $\pi$", "nats per token", {"policy": over("nll", last)}),
+        ]
+        panels = [(name, STEP, y, lines, None) for name, y, lines in rest]
+    title = f"{folder}: the same {len(sequences)} completions at each step; gray: phase 1"
+    facts = dict(logs, run=folder, layer=layer, points=points)
+    return facts, picture(panels, 2, title, steps)
 
 
 def speak_from_layers(options: argparse.Namespace) -> None:
-    """Print completions drawn from pi^l for each l of --sample-layer, and from pi, for a few problems."""
+    """Print completions by pi^l for each l of --sample-layer, and by pi, of a few problems."""
     for name in options.model or ["tiny"]:
-        config = config_for(name, options)
-        model, tokenizer = load(config)
-        last = len(model.get_decoder().layers)
-        wrong = [layer for layer in options.sample_layer if not 1 <= layer <= last]
-        if wrong:
-            raise UsageError(f"--sample-layer {wrong[0]} is not there: {name} has layers 1 to {last}.")
-        problems = bupo.usable_problems(config.eval_dataset, options.problems or 3, tokenizer, config)
-        spoken = {}
-        for layer in sorted({*options.sample_layer, last}):
-            with bupo.first_layers(model, layer, norm=config.internal_norm == "final" or layer == last):
-                spoken[layer] = complete(model, tokenizer, problems, config)[1]
-        print(f"\n{short_name(name)}")
+        config, model, tokenizer = load(name, options)
+        decoder, spoken = model.get_decoder(), {}
+        blocks, norm, last = decoder.layers, decoder.norm, len(decoder.layers)
+        if not all(1 <= layer <= last for layer in options.sample_layer):
+            raise UsageError(f"--sample-layer must be from 1 to {last}, the layers of {name}.")
+        problems = bupo.load_problems(config.eval_dataset, options.problems or 3, config.system)
+        for layer in sorted({*options.sample_layer, last}):  # a model that ends there is pi^l
+            normed = config.internal_norm == "final" or layer == last
+            decoder.layers, decoder.norm = blocks[:layer], norm if normed else nn.Identity()
+            spoken[layer] = complete(config, model, tokenizer, problems)
         for i, problem in enumerate(problems):
-            print(f"\n{problem.messages[-1]['content']}  [answer {problem.answer}]")
-            for layer, completions in spoken.items():
-                who = f"layer {layer}" if layer < last else f"layer {last}, the policy itself"
-                print(f"  {who}: {' '.join(bupo.decode(tokenizer, completions[i]).split()) or '(nothing)'}")
+            print(f"\n{name}: {problem.messages[-1]['content']}  [{problem.answer}]")
+            for layer, sequences in spoken.items():
+                text = tokenizer.decode(sequences[i][1], skip_special_tokens=True)
+                print(f"  layer {layer} of {last}: {' '.join(text.split())}")
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options of a command line; UsageError for those that do not go together."""
-    parser = argparse.ArgumentParser(description="Pictures of internal policies and of runs; each with its numbers.")
-    mode, add = parser.add_mutually_exclusive_group(), parser.add_argument
-    mode.add_argument("--model", nargs="+", help="models to profile: tiny (default), Hub ids, folders, runs of bupo.py")
-    mode.add_argument("--runs", nargs="+", help="draw the training curves of these runs instead")
-    mode.add_argument(
-        "--layers-over-training", metavar="RUN", help="follow a layer through a run's checkpoints instead"
-    )
-    mode.add_argument("--overview", metavar="RUN", help="show a run at a glance instead: entropy flow and phase switch")
-    add("--layer", type=int, help="the layer to follow; default: the one that the run optimised")
-    add("--sample-layer", type=int, nargs="+", help="only print completions drawn from these layers' policies")
-    add("--dataset", dest="eval_dataset", help="problems to complete; default: as --eval-dataset of bupo.py")
-    add("--problems", type=int, help="how many of them, or of --completions (64; 3 for --sample-layer)")
-    add("--completions", help="score these instead of sampling: a run's completions.jsonl")
-    add("--out", help="FILE for FILE.png and FILE.json; default: a name from the model or the run")
-    for name in OF_CONFIG:
-        f = Config.__dataclass_fields__[name]
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="")
-        add("--" + name.replace("_", "-"), help="as in bupo.py: " + f.metadata["help"], **kind)
+# 5 Command line ===================================================================================
+
+AS_IN_BUPO = "eval_dataset system max_new_tokens temperature internal_norm "
+AS_IN_BUPO += "pretrain_steps seed device precision rollout_rows micro_batch_tokens"
+SETTINGS = AS_IN_BUPO.split()
+OF_RUN = {*SETTINGS, "problems", "completions", "out"}
+MODES: dict[str, tuple[Callable, str, set[str]]] = {  # default FILE, and the other flags it uses
+    "runs": (curves_of_runs, "curves", {"out"}),
+    "lens": (lens, "lens", OF_RUN - {"problems"} | {"model", "text", "nth", "color"}),
+    "overview": (follow_run, "overview", OF_RUN),
+    "layers_over_training": (follow_run, "over-training", OF_RUN | {"layer"}),
+    "sample_layer": (speak_from_layers, "", {*SETTINGS, "problems", "model"}),
+    "model": (profile_models, "layers", OF_RUN),
+}
+
+
+def parse(arguments: list[str] | None = None) -> tuple[tuple, argparse.Namespace]:
+    """The mode of a command line, of MODES, and its options."""
+
+    def flag(name: str) -> str:  # --dataset: the held-out one, since nothing is trained
+        return "--" + name.removeprefix("eval_").replace("_", "-")
+
+    parser = argparse.ArgumentParser(description="Pictures of internal policies and of runs.")
+    add: Any = parser.add_argument
+    add("--model", nargs="+", help="tiny [default], Hub ids, folders, checkpoints, runs")
+    add("--lens", action="store_true", default=None, help="token x layer: what each layer says")
+    add("--runs", nargs="+", help="training curves of these runs")
+    add("--overview", metavar="RUN", help="a run at a glance")
+    add("--layers-over-training", metavar="RUN", help="a layer through a run's checkpoints")
+    add("--sample-layer", type=int, nargs="+", help="completions by the policies of these layers")
+    add("--layer", type=int, help="of --layers-over-training [the one that was optimized]")
+    add("--text", help="what --lens reads in place of a completion")
+    add("--nth", type=int, help="problem, or line of --completions, for --lens [1]")
+    add("--color", choices=COLORS, help="what the color of a cell of --lens shows [entropy]")
+    add("--problems", type=int, help="how many to complete [64, for --sample-layer 3]")
+    add("--completions", help="a run's completions.jsonl, to measure these instead of sampling")
+    add("--out", help="FILE for FILE.png and FILE.json [named by the mode], or its folder")
+    for name in SETTINGS:
+        kind = type(getattr(Config, name))
+        add(flag(name), dest=name, type=kind, metavar="", help="as in bupo.py")
     options = parser.parse_args(arguments)
-    if options.problems is not None and options.problems < 1:
-        raise UsageError(f"--problems must be a number from 1 on, not {options.problems}.")
-    given = {name for name, value in vars(options).items() if value is not None}
-    of_runs = {"layers_over_training", "overview"}
-    useless = {"runs": given - {"runs", "out"}, "sample_layer": given & {*of_runs, "completions", "out"}}
-    for chosen in given & useless.keys():
-        for other in sorted(useless[chosen]):
-            flags = [f"--{name.removeprefix('eval_').replace('_', '-')}" for name in (chosen, other)]
-            raise UsageError(f"{flags[0]} has no use for {flags[1]}; leave out one of them.")
-    if options.layer is not None and not options.layers_over_training:
-        raise UsageError("--layer goes with --layers-over-training; add it, or give --sample-layer.")
-    return options
-
-
-def prepare_out(options: argparse.Namespace) -> Path:
-    """FILE without its ending, in a folder that is there: better to fail before the work than after it."""
-    subjects, kind = options.model or ["tiny"], "layers"
-    if options.runs:
-        subjects, kind = options.runs, "curves"
-    elif options.layers_over_training or options.overview:
-        kind = "overview" if options.overview else "over-training"
-        subjects = [options.overview or options.layers_over_training]
-    names = [short_name(subject).replace("/", "-") for subject in subjects]
-    out = Path(options.out or f"{'_'.join(names)}-{kind}")
-    if options.out and (out.is_dir() or options.out.endswith(("/", os.sep))):
-        raise UsageError(f"--out {options.out} is a folder; give a file in it, for FILE.png and FILE.json.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{out.parent} cannot be written ({error.strerror}); give another --out.") from error
-    return out.with_suffix("") if out.suffix in (".png", ".json") else out
-
-
-def write(out: Path, numbers: dict, figure: Figure) -> None:
-    """Write the numbers and the picture."""
-    try:
-        Path(f"{out}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-        figure.savefig(f"{out}.png")
-    except OSError as error:
-        raise UsageError(f"{out}.png cannot be written ({error.strerror}); give another --out.") from error
-    plt.close(figure)
-    print(f"Written     {out}.png and {out}.json")
+    given = [name for name, value in vars(options).items() if value is not None]
+    mode = next((mode for mode in MODES if mode in given), "model")
+    for name in given:
+        if name not in {mode, *MODES[mode][2]}:
+            raise UsageError(f"{flag(mode)} has no use for {flag(name)}; leave out one of them.")
+        if name in ("problems", "nth", "layer") and getattr(options, name) < 1:
+            raise UsageError(f"--{name} must be a number from 1 on, not {getattr(options, name)}.")
+    return MODES[mode], options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0; 2 with one sentence for what the user can mend; 130 after Ctrl-C."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Exit code 0, or 2 with one sentence for what the user can fix."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        options = parse(arguments)
-        if options.sample_layer:
-            speak_from_layers(options)
-            return 0
-        out = prepare_out(options)
-        draw = profile_models
-        if options.runs:
-            draw = curves_of_runs
-        elif options.overview:
-            draw = overview
-        elif options.layers_over_training:
-            draw = follow_layer
-        write(out, *draw(options))
-    except UsageError as error:
-        print(f"analyze.py: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not bupo.out_of_memory(error):
+        (work, ending, _), options = parse(arguments)
+        out = Path((options.out or ".").removesuffix(".png"))
+        out = out / ending if out.is_dir() else out
+        out.parent.mkdir(parents=True, exist_ok=True)  # better to fail before the work
+        if found := work(options):
+            Path(f"{out}.json").write_text(json.dumps(found[0], indent=1) + "\n", encoding="utf-8")
+            found[1].savefig(f"{out}.png", dpi=200)
+            plt.close(found[1])
+            print(f"Written     {out}.png and {out}.json")
+        return 0
+    except (OSError, UsageError, RuntimeError, MemoryError) as error:
+        memory = bupo.out_of_memory(error)
+        if isinstance(error, RuntimeError) and not memory:
             raise
-        print("analyze.py: out of memory; lower --rows, --micro-tokens or --head-tokens.", file=sys.stderr)
+        said = "out of memory; lower --rollout-rows or --micro-batch-tokens." if memory else error
+        print(f"analyze.py: {said}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nanalyze.py: stopped.", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

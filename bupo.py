@@ -1,754 +1,745 @@
 r"""Bottom-up Policy Optimization (BuPO, arXiv 2512.19673) in one file.
 
-A block l of a language model adds what its attention and its FFN compute, A^l and F^l, to the residual stream:
-H^l = H^(l-1) + A^l + F^l. The model draws each token from its policy pi = softmax(E_u norm(H^L)), L being the last
-block and E_u the unembedding, lm_head. Send the hidden state of a *lower* block through the same norm and lm_head and
-you get an *internal layer policy* pi^l = softmax(E_u norm(H^l)).
+Block l of a language model adds what its attention and its FFN compute, A^l and F^l, to the
+residual stream: H^l = H^(l-1) + A^l + F^l. The model draws each token from its policy
+pi = softmax(E_u norm(H^L)): L is the last block, E_u the unembedding (lm_head). Send the hidden
+state of a *lower* block through the same norm and lm_head and you have the logit lens at layer l.
+BuPO takes it for a policy and trains it: the *internal layer policy* pi^l = softmax(E_u norm(H^l)).
 
-GRPO draws G completions of each problem, compares the reward of each with its group's mean, and makes the better ones
-likelier, clipped so that no update goes far. BuPO is GRPO whose first steps optimise one low pi^l, and whose later
-steps optimise pi. Completions always come from pi; in phase 1 it is their probability under pi^l that is raised or
-lowered. There is no KL term and no reference model. So GRPO is BuPO at l = L, and pi^l is simply the model with its
-upper blocks taken away: training has one log-probability, one loss, and a layer number. In phase 1 blocks 1..l, the
-embeddings, lm_head and, if pi^l has it, the final norm learn; the blocks above l stay as they are.
+GRPO samples G completions of each problem, compares the reward of each with the mean of its group,
+and makes the better ones more likely, clipped so that no update goes far. BuPO is GRPO whose first
+steps (phase 1) optimize one low pi^l and whose later steps (phase 2) optimize pi; so GRPO is BuPO
+at l = L. Completions always come from pi; in phase 1 it is their probability under pi^l that is
+raised or lowered. There is no KL term and no reference model.
 
-Why it should help, says the paper: low layers still explore (their FFNs raise entropy) while high ones converge, and
-an internal policy that is rewarded makes its layers find early what reasoning needs, for the upper ones to build on.
-Nothing keeps the upper blocks in step meanwhile, so phase 1 is short: 20 or 30 steps of 300 in the paper, where many
-more make pi collapse.
+Why it should help, says the paper: low layers explore (their FFNs raise the entropy), high ones
+converge, and rewarding a low policy makes its layers find early what reasoning needs. The blocks
+above l stay as they are meanwhile, so phase 1 is short: a long one makes pi collapse.
 
-    1 Configuration      Config
-    2 Problems           Problem, load_problems, the built-in arithmetic task
-    3 Reward             extract_boxed, math_reward
-    4 Model              load_model, the built-in tiny Qwen3, warm_up
-    5 Rollouts           sample
-    6 Internal policies  internal_hidden, policy_logits, token_logps, entropy_profile, boundary_layer
-    7 Objective          group_advantages, clipped_surrogate, optimised_layer
-    8 Evaluation         pass_at_k, evaluate
-    9 Training           train: the algorithm, in six numbered steps; update
-                         (then, to be skipped at first: the machine, files and words)
-    10 Command line      main
+     1 Settings                   98 lines  Config: each setting with its default
+     2 Problems                  151 lines  Problem, load_problems, the built-in task
+     3 Reward                    148 lines  math_reward
+     4 Model                     154 lines  load_model, check_model; the tiny model
+     5 Rollouts                  141 lines  SlotCache, sample
+     6 Internal policies         124 lines  internal_hidden, policy_logits, token_logps
+     7 Objective                  24 lines  group_advantages, clipped_surrogate
+     8 Evaluation                 49 lines  pass_at_k, evaluate
+     9 Training                  291 lines  train, update, MasterAdamW
+    10 Files and command line    239 lines  the run's folder, main
 
-Where this file departs from the paper (P) or from the authors' code (C), on purpose:
+Start with `train`, `update`, `clipped_surrogate`, `internal_hidden` and `sample`. Equation and
+table numbers are those of the paper's version 3. On purpose, this file departs from the paper (P)
+or from the authors' code (C):
 
   - pi^l applies the final norm; `--internal-norm none` does not (P Eq. 5, C). P's Table 5 has both.
-  - Updates of phase 1 run blocks 1..l only. C runs all L, keeps every hidden state and builds two full logit matrices.
-  - The loss averages over all completion tokens of a mini-batch, as C does; `--average sequence` is P's Eq. 3 and 9.
-  - The reward compares mathematical values; C compares text, so that \boxed{\text{Yes}} is wrong for Yes.
-  - A mini-batch in which no completion has an advantage is skipped: C would still move the weights, by momentum.
-  - Layers count from 1, as in P; C counts from 0. Weights are float32, so that a learning rate of 1e-6 moves them.
+  - Updates of phase 1 run blocks 1..l only; C runs all L and builds two full logit matrices.
+  - The loss averages over all tokens, as C does; `--loss-average sequence` is P's Eq. 3 and 9.
+  - The reward compares values; C compares text, so that \boxed{\text{Yes}} is wrong for Yes.
+  - A mini-batch without any advantage is skipped; C would still move weights, by momentum.
+  - Layers count from 1, as in P; C counts from 0.
 """
 
 import argparse
+import ast
+import cmath
 import contextlib
-import copy
-import functools
-import inspect
+import csv
+import gzip
+import io
 import itertools
 import json
 import math
+import operator
 import os
-import pickle
-import queue
 import random
 import re
 import shlex
 import shutil
 import signal
-import statistics
-import subprocess
 import sys
-import threading
 import time
+import urllib.request
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from decimal import Decimal
 from fractions import Fraction
+from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
+from random import Random
+from statistics import fmean, stdev
 from typing import Any, TypeAlias
 
-import jinja2  # of chat templates, as transformers reads them
-import safetensors
+import jinja2  # of chat templates, as transformers renders them
+import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-Model: TypeAlias = "transformers.PreTrainedModel"  # as text: what they name takes seconds to import
-Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
+Model: TypeAlias = Any  # a transformers.PreTrainedModel with a Llama-like decoder
+Tokenizer: TypeAlias = Any  # a transformers.PreTrainedTokenizerBase
 Sequences = list[tuple[list[int], list[int]]]  # (prompt, completion) pairs of token ids
 
 
 class UsageError(ValueError):
-    """Something the user can mend: the message is one sentence that says what is wrong and how."""
+    """Something the user can fix: one sentence that says what is wrong and what to do."""
 
 
-# 1 Configuration ======================================================================================================
+@contextlib.contextmanager
+def explain(problem: str, fix: str) -> Iterator[None]:
+    """Turn whatever a library raises inside into one sentence: problem, its own words, fix."""
+    try:
+        yield
+    except Exception as error:  # of many kinds, from libraries that read and write foreign files
+        if isinstance(error, UsageError) or out_of_memory(error):
+            raise
+        while error.__cause__:
+            error = error.__cause__  # type: ignore[assignment]
+        why = str(error).strip().partition("\n")[0].rstrip(".")[:200] or type(error).__name__
+        raise UsageError(f"{problem} ({why}); {fix}.") from error
 
-DATA = "https://raw.githubusercontent.com/Trae1ounG/BuPO/HEAD/data/"  # the authors' problems
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, the GPU's or the machine's: torch and CUDA word it differently."""
+    found = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
+    return isinstance(error, MemoryError) or found is not None
+
+
+# 1 Settings =======================================================================================
+
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
-NORMS, AVERAGES, PRECISIONS = ("final", "none"), ("token", "sequence"), ("auto", "float32", "bfloat16")
+COMMIT = "d3a85c698912d612c1cdb3edaa9011f450d23344"  # of the authors' repository
+DATA = f"https://raw.githubusercontent.com/Trae1ounG/BuPO/{COMMIT}/data/"  # their problems
 
 
-def setting(tiny: Any, other: Any, help: str, least: float = 0, choices: tuple[str, ...] = ()) -> Any:
-    """A `Config` field: its default for the built-in model and for other models, its --help, and what it may be."""
-    return field(default=None, metadata=dict(tiny=tiny, other=other, help=help, least=least, choices=choices))
-
-
-def flag(name: str) -> str:
-    """The command-line flag of a field of `Config`."""
-    return "--" + name.replace("_", "-")
+def setting(default: Any, help: str, least: float = 0, most: float = 1e12, **more: Any) -> Any:
+    """A field of `Config`: default, --help, range or `choices`, and `tiny`, the built-in task's."""
+    return field(default=default, metadata=dict(help=help, least=least, most=most, **more))
 
 
 @dataclass
 class Config:
-    """The settings of a run; each is a flag. What is not given takes the default of its model's column."""
+    """The settings of a run, each of them a flag. In brackets what the paper has."""
 
-    # setting(default for the built-in model, default for any other, what it is)
-    model: str = setting("tiny", "tiny", "tiny (built in), a Hub id, a folder, or the folder of a run")
-    # The problems:
-    dataset: str = setting("arithmetic", DATA + "deepmath-5k.parquet", "training problems (paper: these 5,000)")
-    eval_dataset: str = setting("arithmetic-heldout", DATA + "math500.parquet", "held-out problems (paper: 4 sets)")
-    train_problems: int = setting(0, 0, "use only the first so many training problems; 0 is all (paper: all)")
-    system: str = setting("", SYSTEM, "system message for problems that bring none (paper: this one)")
-    thinking: bool = setting(False, False, "let Qwen3's template open a thinking block (paper: no)")
+    model: str = setting("tiny", "tiny (built in), a Hub id, a folder, or the folder of a run")
+    preset: str = setting("real", "which defaults to take", choices=("real", "tiny"))
+    dataset: str = setting(DATA + "deepmath-5k.parquet", "to train on", tiny="arithmetic")
+    eval_dataset: str = setting(DATA + "math500.parquet", "held out", tiny="arithmetic-heldout")
+    system: str = setting(SYSTEM, "system message of problems that bring none", tiny="")
     # The method:
-    internal_layer: str = setting("3", "auto", "l of phase 1, from 1; auto: the boundary layer (paper: Qwen3-4B 6)")
-    internal_steps: int = setting(10, 30, "steps of phase 1, on pi^l; 0 is plain GRPO (paper: 30 or 20)")
-    internal_norm: str = setting("final", "final", "norm before lm_head in pi^l (paper: both)", choices=NORMS)
-    average: str = setting("token", "token", "what the loss is a mean over (paper: both)", choices=AVERAGES)
-    clip: float = setting(0.2, 0.2, "clip ratio, epsilon (paper: 0.2)", least=1e-6)
+    internal_layer: str = setting("auto", "l of phase 1; auto: the boundary layer", tiny="3")
+    internal_steps: int = setting(30, "steps of phase 1; 0: plain GRPO (30 or 20)", tiny=10)
+    internal_norm: str = setting("final", "norm of pi^l (both)", choices=("final", "none"))
+    loss_average: str = setting("token", "mean over (both)", choices=("token", "sequence"))
+    clip: float = setting(0.2, "clip ratio, epsilon (0.2)", least=1e-6)
     # The recipe:
-    steps: int = setting(60, 300, "training steps, a rollout each; 0 only evaluates (paper: 300)")
-    prompts: int = setting(32, 32, "problems per step (paper: 128)", least=1)
-    group: int = setting(8, 8, "completions per problem, G (paper: 8)", least=2)
-    mini_batch: int = setting(16, 8, "problems per optimizer update; divides --prompts (paper: 32)", least=1)
-    lr: float = setting(1e-4, 1e-6, "learning rate of AdamW (paper: 1e-6)")
-    lr_ramp: int = setting(5, 1, "steps in which the learning rate rises to --lr (paper: 1)", least=1)
-    beta1: float = setting(0.9, 0.9, "AdamW's decay of the first moment (paper: 0.9)")
-    beta2: float = setting(0.999, 0.999, "AdamW's decay of the second moment (paper: 0.999)")
-    weight_decay: float = setting(0.01, 0.01, "AdamW's weight decay (paper: 0.01)")
-    grad_clip: float = setting(1.0, 1.0, "largest gradient norm (paper: 1.0)", least=1e-6)
-    temperature: float = setting(1.0, 1.0, "of rollouts and all log-probabilities (paper: 1.0)", least=1e-6)
-    max_prompt: int = setting(40, 1024, "tokens; longer prompts are dropped and counted (paper: 1,024)", least=1)
-    max_completion: int = setting(40, 2048, "tokens; the rest is cut off and counted (paper: 7,168)", least=1)
+    steps: int = setting(300, "training steps; 0 only evaluates (300)", tiny=60)
+    prompts_per_step: int = setting(32, "problems in a rollout (128)", least=1)
+    group_size: int = setting(8, "completions per problem, G (8)", least=2)
+    mini_batch: int = setting(8, "problems per optimizer update (32)", least=1, tiny=16)
+    lr: float = setting(1e-6, "learning rate of AdamW (1e-6)", most=1, tiny=1e-4)
+    lr_warmup_steps: int = setting(1, "steps in which it rises to --lr (1)", least=1, tiny=5)
+    temperature: float = setting(1.0, "of sampling and of all policies (1)", least=1e-6)
+    max_prompt_tokens: int = setting(1024, "longer prompts are dropped (1,024)", 1, tiny=40)
+    max_new_tokens: int = setting(2048, "longer completions are cut (7,168)", 1, tiny=40)
     # Evaluation:
-    eval_every: int = setting(20, 50, "steps between evaluations, beside first and last (paper: 30)", least=1)
-    eval_problems: int = setting(256, 100, "held-out problems to use; 0 evaluates nothing (paper: all)")
-    eval_k: int = setting(4, 4, "completions per held-out problem, for avg@k and pass@k (paper: 16 or 32)", least=1)
-    eval_temperature: float = setting(1.0, 1.0, "of evaluation; 0 is greedy (paper: 1.0)")
+    eval_every: int = setting(50, "steps between evaluations (30)", least=1, tiny=20)
+    eval_problems: int = setting(100, "held-out problems; 0: no evaluation (all)", tiny=256)
+    eval_k: int = setting(4, "completions of each, k of avg@k and pass@k (16, 32)", least=1)
     # The machine:
-    rows: int = setting(256, 128, "sequences decoded at once: bounds the memory of rollouts", least=1)
-    micro_tokens: int = setting(16384, 16384, "tokens per forward and backward pass: bounds that of updates", least=1)
-    head_tokens: int = setting(1024, 1024, "tokens that have logits at the same time", least=1)
-    recompute: bool = setting(False, True, "recompute activations in the backward pass: slower, much less memory")
-    device: str = setting("auto", "auto", "auto, cpu, cuda or cuda:N")
-    precision: str = setting("auto", "auto", "to compute in; auto is bfloat16 on CUDA", choices=PRECISIONS)
+    rollout_rows: str = setting("auto", "sequences decoded at once; auto: as many as fit")
+    micro_batch_tokens: int = setting(16384, "tokens per forward and backward pass", least=1)
+    gradient_checkpointing: bool = setting(True, "recompute activations: less memory", tiny=False)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = setting("auto", "bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    optimizer_device: str = setting("auto", "of float32 masters", choices=("auto", "cpu", "cuda"))
     # The run:
-    warm_up_steps: int = setting(700, 0, "supervised steps first, for --model tiny only")
-    seed: int = setting(0, 0, "of everything random")
-    save_every: int = setting(20, 10, "steps between checkpoints, beside the last", least=1)
-    keep: int = setting(2, 2, "checkpoints to keep; 0 keeps all")
-    out: str = setting("", "", "folder to write, new or empty; default: runs/MODEL-DATE-TIME")
+    pretrain_steps: int = setting(700, "supervised steps first, for --model tiny only")
+    seed: int = setting(0, "of everything random", most=2**63)
+    save_every: int = setting(10, "steps between checkpoints", least=1, tiny=20)
+    keep: int = setting(2, "checkpoints to keep; 0 keeps all")
+    out: str = setting("", "folder to write, new or empty; default: runs/MODEL-DATE-TIME")
 
     def __post_init__(self):
-        self.model = self.model or "tiny"
-        column = "tiny" if origin(self.model) == "tiny" else "other"
         for f in fields(self):
-            if getattr(self, f.name) is None:
-                setattr(self, f.name, f.metadata[column])
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            if choices and value not in choices:
-                raise UsageError(f"{flag(f.name)} must be one of {', '.join(choices)}, not {value!r}.")
-            if f.type in (int, float) and not f.metadata["least"] <= value < math.inf:
-                raise UsageError(f"{flag(f.name)} must be a number from {f.metadata['least']} on, not {value}.")
-        if max(self.beta1, self.beta2) >= 1:
-            raise UsageError("--beta1 and --beta2 must be below 1.")
+            value, allowed = getattr(self, f.name), f.metadata
+            right, rule = True, " or ".join(allowed.get("choices", ()))
+            if rule:
+                right = value in allowed["choices"]
+            elif f.type in (int, float):
+                right = allowed["least"] <= value <= allowed["most"]
+                rule = f"from {allowed['least']} to {allowed['most']:g}"
+            elif f.name in ("internal_layer", "rollout_rows"):
+                right = re.fullmatch("auto|0*[1-9][0-9]{0,8}", str(value)) is not None
+                rule = "auto or a number from 1 on"
+            if not right:
+                raise UsageError(f"--{f.name.replace('_', '-')} must be {rule}, not {value!r}.")
         if not self.steps and not self.eval_problems:
-            raise UsageError("--steps 0 only evaluates, and --eval-problems 0 evaluates nothing; raise one of them.")
-        if self.prompts % self.mini_batch:
-            raise UsageError(f"--mini-batch {self.mini_batch} must divide --prompts {self.prompts}.")
-        self.internal_layer = str(self.internal_layer)
-        if self.internal_layer != "auto" and not self.internal_layer.isdecimal():
-            raise UsageError(f"--internal-layer must be a number from 1 on, or auto, not {self.internal_layer!r}.")
+            raise UsageError("--steps 0 only evaluates and --eval-problems 0 does not; raise one.")
+        if self.prompts_per_step % self.mini_batch:
+            raise UsageError("--mini-batch must divide --prompts-per-step without a rest.")
 
 
-def origin(model: str) -> str:
-    """The model that a run began with, if `model` is its folder, its model/ or one of its checkpoints; else `model`."""
-    for folder in (Path(model), Path(model).parent):
-        with contextlib.suppress(OSError, ValueError):
-            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if Path(model).is_dir() and "internal_layer" in settings:  # else it is a model's own config.json
-                return origin(settings["model"])
-    return model
+TINY = {f.name: f.metadata["tiny"] for f in fields(Config) if "tiny" in f.metadata}
+ASKED: tuple[str, ...] = ("preset", "dataset", "eval_dataset", "system", "temperature")
+ASKED += ("max_prompt_tokens", "max_new_tokens", "eval_problems", "eval_k")
 
 
-# 2 Problems ===========================================================================================================
+def configure(model: str = "tiny", **given: Any) -> Config:
+    """The settings for a model: those given, else what the run ASKED in whose folder it is, else
+    its preset's. No run's recipe: a new one must not train with an old one's learning rate."""
+    known: dict[str, Any] = dict(preset="tiny" if model == "tiny" else "real")
+    for run in (Path(model).expanduser(), Path(model).expanduser().parent):
+        if model != "tiny" and (run / "metrics.jsonl").exists():
+            known = {name: value for name, value in read_config(run).items() if name in ASKED}
+    known |= given
+    return Config(**{**(TINY if known["preset"] == "tiny" else {}), **known, "model": model})
+
+
+def read_config(run: str | Path) -> dict[str, Any]:
+    """The settings of the run in a folder."""
+    with explain(f"There is no run in {run}", "name the folder that --out named"):
+        saved = json.loads(Path(run, "config.json").expanduser().read_text(encoding="utf-8"))
+        return {f.name: saved[f.name] for f in fields(Config)}
+
+
+# 2 Problems =======================================================================================
+
+QUESTIONS = ("prompt", "question", "problem", "input", "query", "messages", "conversations")
+ANSWERS = ("reward_model", "final_answer", "answer", "ground_truth", "expected_answer", "solution")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What the model is asked, as chat messages ({"role", "content"} each), and the answer that earns the reward."""
+    """What the model is asked, as chat messages ({"role", "content"}), and the rewarded answer."""
 
     messages: list[dict]
     answer: str
 
 
-QUESTION_COLUMNS = "prompt", "question", "problem", "input", "query"
-ANSWER_COLUMNS = "reward_model", "final_answer", "answer", "ground_truth", "expected_answer", "solution", "target"
-
-
-def load_problems(source: str, limit: int | None = None, system: str = SYSTEM) -> list[Problem]:
-    r"""Read problems, `limit` of them at most, and say in a line which columns they came from.
-
-    source: 'arithmetic' or 'arithmetic-heldout' (built in), a .parquet, .json, .jsonl or .csv file or its URL, or a
-    data set on the Hub as ID, ID:SPLIT or ID:CONFIG:SPLIT. The question is the first of QUESTION_COLUMNS that is
-    there, as text or as chat messages; the answer is the first of ANSWER_COLUMNS (of `reward_model`, its
-    `ground_truth`), and of it what follows '####' (GSM8K) or stands in \boxed{} (MATH), if it has either. Rows without
-    a question or an answer are dropped and counted. Raises UsageError if that leaves nothing.
-    """
+def load_problems(
+    source: str, limit: int | None = None, system: str = SYSTEM, fits: Callable | None = None
+) -> list[Problem]:
+    r"""Read problems, `limit` of them at most, and say which columns they came from. source:
+    arithmetic or arithmetic-heldout (built in), a .parquet, .json, .jsonl, .csv or .tsv file or
+    URL, also with .gz, or a data set on the Hub: ID, ID:SPLIT or ID:CONFIG:SPLIT. Rows without a
+    question or without one answer that can be earned are dropped, and problems for which `fits` is
+    False."""
+    if limit == 0:
+        return []
     if source in ("arithmetic", "arithmetic-heldout"):
-        return arithmetic_problems(heldout=source.endswith("heldout"))[: limit or None]
-    rows = read_rows(source)
-    columns = [next((c for c in known if c in rows.column_names), None) for known in (QUESTION_COLUMNS, ANSWER_COLUMNS)]
-    for kind, column in zip(("question", "answer"), columns, strict=True):
-        if column is None:
-            there = ", ".join(rows.column_names)
-            raise UsageError(f"{source} has no {kind} column, only {there}; rename one to {kind}.")
-    problems, rows = [], rows.select_columns(columns).select(range(min(limit or len(rows), len(rows))))
-    for row in rows:
-        messages, answer = as_messages(row[columns[0]], system), as_answer(row[columns[1]])
-        if messages and answer:
-            problems.append(Problem(messages, answer))
+        task = list(arithmetic(source.endswith("heldout")).items())[:limit]
+        return [Problem([dict(role="user", content=q)], find_boxes(s)[-1]) for q, s in task]
+    rows, names = read_rows(source)
+    question = next((name for name in QUESTIONS if name in names), "question")
+    answer = next((name for name in ANSWERS if name in names), "answer")
+    for name in (question, answer):
+        if names and name not in names:
+            raise UsageError(f"{source} has no {name} column, only {', '.join(names)}; rename one.")
+    problems, unusable, too_long = [], 0, 0
+    with explain(f"The chat template refuses {source}", "give other messages or another template"):
+        for row in tqdm(rows, "reading problems", leave=False, delay=2):
+            messages = as_messages(row.get(question), system)
+            problem = Problem(messages, as_answer(row.get(answer), answer == "solution"))
+            if not (problem.messages and problem.answer):
+                unusable += 1
+            elif fits and not fits(problem):
+                too_long += 1
+            else:
+                problems.append(problem)
+            if len(problems) == limit:
+                break
+    found = f"question: {question}, answer: {answer}; dropped: {unusable} without question or "
+    found += f"checkable answer, {too_long} too long"
     if not problems:
-        raise UsageError(f"{source} has no row with both a question and an answer; give a data set that has some.")
-    dropped = f"; {len(rows) - len(problems)} rows lack one" if len(problems) < len(rows) else ""
-    print(f"Problems    {len(problems)} of {source} (question: {columns[0]}, answer: {columns[1]}{dropped})")
+        raise UsageError(f"{source} has no usable row ({found}); give other data.")
+    tqdm.write(f"Problems    {len(problems)} of {source} ({found})")
     return problems
 
 
-def read_rows(source: str) -> Any:
-    """The rows of a file, a URL or a Hub data set, as a `datasets.Dataset`."""
-    import datasets  # slow to import, and the built-in task needs none of it
+def read_rows(source: str) -> tuple[Iterable[dict], list[str]]:
+    """The rows of a file, a URL or a Hub data set, and their columns, whose types may vary."""
+    kind = re.search(r"\.(parquet|jsonl?|csv|tsv)(\.gz)?(\?.*)?$", source.lower())
+    with explain(f"The data set {source} cannot be loaded", "check its name and the connection"):
+        if not kind:
+            import datasets  # slow to import, and files need none of it
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    kinds = dict(parquet="parquet", json="json", jsonl="json", csv="csv")
-    kind, local = kinds.get(source.partition("?")[0].rpartition(".")[2].lower()), "://" not in source
-    try:
-        if kind:
-            return datasets.load_dataset(kind, data_files=source, split="train")
-        name, *rest = source.split(":")
-        found = datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else None)
-        if isinstance(found, datasets.DatasetDict):
-            found = found["train"] if "train" in found else next(iter(found.values()))
-        return found
-    except Exception as error:  # of many kinds, from the libraries that read foreign data
-        if kind and local and not Path(source).is_file():
-            raise UsageError(f"The file {source} does not exist; check the path.") from error
-        empty = kind and local and not Path(source).stat().st_size
-        if empty or isinstance(error, StopIteration) or "no data" in str(error):
-            raise UsageError(f"{source} has no rows; give a data set that has some.") from error
-        if kind and local:
-            raise UsageError(f"{source} cannot be read as {kind}; give a {kind} file, in UTF-8.") from error
-        mend = "check its name and the connection, or give a local parquet, json or csv file"
-        raise UsageError(f"The data set {source} cannot be loaded ({first_line(error)}); {mend}.") from error
+            name, *rest = source.split(":")
+            found = datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else None)
+            if isinstance(found, dict):  # of splits
+                found = found["train"] if "train" in found else next(iter(found.values()))
+            return found, found.column_names
+        path = Path(source).expanduser()
+        with urllib.request.urlopen(source) if "://" in source else open(path, "rb") as file:
+            data = gzip.decompress(file.read()) if kind[2] else file.read()
+        if kind[1] == "parquet":
+            import pyarrow.parquet
+
+            rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+        elif kind[1] in ("csv", "tsv"):
+            csv.field_size_limit(2**31 - 1)
+            lines = io.StringIO(data.decode("utf-8-sig"), newline="")
+            rows = list(csv.DictReader(lines, delimiter="," if kind[1] == "csv" else "\t"))
+        else:  # a list, or an object a line
+            text = data.decode("utf-8-sig").strip()
+            parts = [text] if text.startswith("[") else filter(str.strip, text.split("\n"))
+            rows = [json.loads(part, parse_float=Decimal) for part in parts]
+            rows = rows[0] if text.startswith("[") else rows
+        return rows, list({name: None for row in rows for name in row})
+
+
+def from_json(value: Any) -> Any:
+    """Chat messages, a `reward_model` or a list of answers that somebody stored as JSON text."""
+    if isinstance(value, str) and value.lstrip()[:2] in ("[{", '["', '{"'):
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return value
 
 
 def as_messages(question: Any, system: str) -> list[dict]:
-    """A question, text or chat messages, as chat messages, the system message first; [] where there is no question."""
-    if isinstance(question, list):
-        said = [m for m in question if isinstance(m, dict) and m.get("role") and isinstance(m.get("content"), str)]
-        messages = [dict(role=m["role"], content=m["content"]) for m in said]
-    else:
-        text = "" if question is None else str(question).strip()
-        messages = [dict(role="user", content=text)] if text else []
-    if messages and messages[0]["role"] != "system" and system:
-        return [dict(role="system", content=system), *messages]
-    return messages
+    """A question, text or chat messages, as chat messages, system message first; [] without one."""
+    question, messages = from_json(question), []
+    for said in question if isinstance(question, list) else [dict(role="user", content=question)]:
+        said = said if isinstance(said, dict) else {}
+        role, content = said.get("role", said.get("from")), said.get("content", said.get("value"))
+        if isinstance(content, list):  # of parts: text, or images, which nobody here can see
+            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+            content = "\n".join(map(str, parts)) if all(parts) else None
+        if not isinstance(content, str) or not (content.strip() or role == "system"):
+            return []
+        role = {"human": "user", "gpt": "assistant"}.get(str(role), role)  # ShareGPT's names
+        messages.append(dict(role=role, content=content))
+    if system and messages and messages[0]["role"] != "system":
+        messages.insert(0, dict(role="system", content=system))
+    while messages and messages[-1]["role"] == "assistant":  # it may hold the answer
+        messages.pop()
+    return messages if messages and messages[-1]["role"] != "system" else []
 
 
-def as_answer(value: Any) -> str:
-    """An answer of any type as text, '' if there is none."""
+def as_answer(value: Any, must_be_marked: bool = False) -> str:
+    r"""The one answer in a value, with all its digits; '' if there is none, or several: what stands
+    in \boxed{} (MATH) or follows '####' (GSM8K); else, unless it `must_be_marked`, all of the
+    text."""
+    value = from_json(value)
     if isinstance(value, dict):
-        value = value.get("ground_truth")
+        return as_answer(value.get("ground_truth"), must_be_marked)
     if isinstance(value, list):
-        value = value[0] if len(value) == 1 else None  # several answers are more than one box can hold
-    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
-        value = int(value)  # whole numbers with a gap among them are read as floats
-    if value is None or value != value:  # nan is unequal to itself
+        return as_answer(value[0], must_be_marked) if len(value) == 1 else ""
+    if isinstance(value, (float, Decimal)):
+        number = Decimal(str(value))
+        short = number.is_finite() and abs(number.adjusted()) < 400
+        value = re.sub(r"\.0*$", "", f"{number:f}") if short else ""  # 5.0 is 5
+    _, mark, text = str("" if value is None else value).rpartition("####")
+    boxes = set(find_boxes(text))
+    if len(boxes) > 1 or (must_be_marked and not boxes and not mark):
         return ""
-    text = str(value).rpartition("####")[2].strip()
-    return extract_boxed(text) or text
+    return boxes.pop() if boxes else text.strip()
 
 
-def arithmetic_problems(heldout: bool = False, count: int = 20000) -> list[Problem]:
-    r"""The built-in task: sums of 3 or 4 additions and subtractions of digits, worked from left to right within 0..20.
-
-    A guess is rarely right; writing down the partial results (`worked_solution`) makes it easy. About an eighth of
-    the problems, those whose text has a hash divisible by 8, are held out: no training ever sees them.
-    """
+def arithmetic(heldout: bool = False) -> dict[str, str]:
+    r"""The built-in task: 3 or 4 additions and subtractions of digits, from left to right in 0..20.
+    Questions and worked solutions: '7-1+3' -> '7-1=6;6+3=9\boxed{9}'. A guess is rarely right;
+    writing down the partial results makes it easy. About an eighth of the questions is held out."""
     rng = random.Random(0)
-    problems: dict[str, str] = {}  # text -> answer
-    while len(problems) < count:
+    solutions: dict[str, str] = {}
+    while len(solutions) < 20000:
         value = rng.randint(1, 9)
-        text = str(value)
+        question, lines = str(value), []
         for _ in range(rng.choice((3, 4))):
             digit = rng.randint(1, 9)
-            sign = rng.choice([s for s, v in (("+", value + digit), ("-", value - digit)) if 0 <= v <= 20])
-            value += digit if sign == "+" else -digit
-            text += sign + str(digit)
-        problems[text] = str(value)
-    return [
-        Problem([{"role": "user", "content": text}], answer)
-        for text, answer in problems.items()
-        if (zlib.crc32(text.encode()) % 8 == 0) == heldout
-    ]
+            change = rng.choice([x for x in (digit, -digit) if 0 <= value + x <= 20])
+            lines.append(f"{value}{change:+d}={value + change}")
+            question, value = f"{question}{change:+d}", value + change
+        solutions[question] = ";".join(lines) + rf"\boxed{{{value}}}"
+    return {q: s for q, s in solutions.items() if (zlib.crc32(q.encode()) % 8 == 0) == heldout}
 
 
-def worked_solution(text: str) -> str:
-    r"""'7-1+3-8' -> '7-1=6;6+3=9;9-8=1\boxed{1}'."""
-    value, *rest = re.findall(r"[+-]?\d", text)
-    lines, value = [], int(value)
-    for term in rest:
-        lines.append(f"{value}{term}={value + int(term)}")
-        value += int(term)
-    return ";".join(lines) + rf"\boxed{{{value}}}"
+# 3 Reward =========================================================================================
+
+SYNONYMS = {  # our spelling: those that it replaces; a set is «1,2»
+    "*": r"\cdot \times · ×", "-": "− –", "±": r"\pm",
+    ":": r"\setminus \to \implies \otimes \circ \subset", "^": "**", "^{2}": "²",
+    "≤": r"\le \leq \leqslant", "≥": r"\ge \geq \geqslant", "≠": r"\ne \neq", "<": r"\lt",
+    ">": r"\gt", ",": r"; & ∪ \cup", "|": r"\lvert \rvert \mid", "«": r"\{", "»": r"\}",
+    "%": r"\%", r"\pi ": "π", r"\sqrt ": "√", "∞": r"\infty", r"\in ": "∈", r"\dots ": "...",
+    r"\frac12 ": "½", r"\text": r"\textbf \textit \textrm \mathrm \mathbf \mbox \operatorname",
+    r"\emptyset ": r"∅ \varnothing", r"\frac": r"\dfrac \tfrac \cfrac",
+    " ": r"$ \$ ~ ° \degree \left \right \, \: \; \! \( \) \quad \displaystyle \boxed",
+}  # fmt: skip
+SYNONYM = {old: new for new, olds in SYNONYMS.items() for old in olds.split()} | {"\\ ": " "}
+GROUP = r"\{(?:[^{}\\]|\\.|" * 9 + r"\\." + r")*\}" * 9  # {...}, with braces nested up to nine deep
+FUNCTION = r"(sqrt|sin|cos|tan|exp|log|ln)(?![a-z])"
+NAME = rf"(?=[\\a-zA-Z(])(\\(?!frac|abs|cot|{FUNCTION})[a-z]+|_?\{{[^{{}}]*\}}|[a-zA-Z'(), ])+"
+SPELLINGS: list[tuple] = [  # what is replaced, by what, and a sign: only if one answer alone has it
+    (r"\{,\}|,\\! *|(?<=\d)\\[, ](?=\d{3}(?!\d))", ","), (r"\^ ?(\{ ?)?\\circ( ?\})?", ""),
+    (r"\\begin ?\{[pb]?matrix\}", "(("), (r"(\\\\)?\s*\\end ?\{[pb]?matrix\}", "))"),
+    (r"\\\\ ?(\[\w+\])?", "),("),
+    (r"\\[a-zA-Z]+|\\.|[^\0-\x7f]|\.{3}|\*\*|[&;$~]", lambda m: SYNONYM.get(m[0], m[0])),
+    (r"\s+", " "), (r"^[ .]+(?!\d)|[ .,:]+$", ""),
+    (r",? ?(\\text ?\{,? ?(and|or) ?\}|\b(and|or)\b)", ","),
+    (r"^\\text ?\{([^{}]*?)[ .]*\}$|\\text ?\{ ?([ei]|[\d.]+) ?\}", r" \1\2 "),
+    (rf"\\text ?\{{{FUNCTION} ?\}}|(?<![a-zA-Z\\])({FUNCTION}|pi)(?![a-z])", r"\\\1\2 "),
+    (r"(^|(?<==)) ?-?\d{1,3}([, ]\d{3})+(?![\d,])", lambda m: re.sub("[, ]", "", m[0])),
+    (r"(\d)[eE](\+?\d+|-\d\d)", r"\1*10^{\2}"),
+    (r"(_|\^|\\mathbb) ?(\d+|\w|\*|∞)", r"\1{\2}"), (r"\\frac ?(\d|\\pi)", r"\\frac{\1}"),
+    (rf"(\\frac ?{GROUP}) ?(\w|\\pi)", r"\1{\2}"), (r"\\log ?_(\{\w+\})", r"(\\log\1)^{-1}\\log "),
+    (rf"\\sqrt ?\[(\w+)\] ?({GROUP}|\w)", r"{\2^{1/\1}}"),
+    (r"(?<![\w./^})])((\d+) ?\\frac ?\{(\d+)\} ?\{(\d+)\}|(\d+) (\d+)/(\d+))", r"(\2\5+\3\6/\4\7)"),
+    (r"(_\{[^{}=]+)=", r"\1:"),
+    (r"(?<=[\d)}]) ?(?!.?illion|[abcxyz]{3})([ckm]m|[a-zA-Z]{3,})\b([a-zA-Z ]*)$", r"\\text{\1\2}"),
+    (r" +(?![a-zA-Z0-9 ])|(?<![a-zA-Z0-9 ]) +", ""),
+    (r"^[a-zA-Z ]{2,}$", lambda m: rf"\text{{{m[0].lower()}}}"),
+    (r"([A-Z])\^\{(T|-1)\}", r"\1:\2:"), (r"(\d+|[a-zA-Z]|\([^()]*\))!", r"!{\1}"),
+    (r"(?<![\\a-zA-Z])([a-df-hj-zA-Z]'*)\(([^-+()]*)\)", r"\1{\2}"),
+    (r"(?<![^,])[^,]*[>≥][^,]*", lambda m: "".join(re.split("([>≥])", m[0])[::-1])), (">", "<"),
+    ("≥", "≤"), (r"(?<![^,«])([^,«»]*)±([^,«»]*)", r"\1+\2,\1-\2"),
+    (r"^([^a-zA-Z=]+)=[a-zA-Z]$", r"\1", "="), (rf"(^|,){NAME}=(?![a-zA-Z]*$)", r"\1", "="),
+    (rf"^{NAME}\\in(?![a-z])", "", r"\\in(?![a-z])"),
+    (r"\\text\{ ?(for|where|with)\b[^{}]*\}.*$|(?<=[\w)}])\\text\{(?! ?(.?illion|doz|squared|or|,))"
+     r"[^{}]*\}(\^\{?\d\}?)?(?=,|$)", "", r"\\text"),
+    (r"^(?:([^<≤]+)([<≤]))?\\?[a-zA-Z](?:([<≤])([^<≤]+))?$", lambda m:
+     "[("[m[2] != "≤"] + (m[1] or "-∞") + "," + (m[4] or "∞") + "])"[m[3] != "≤"], "[<≤]"),
+]  # fmt: skip
+FUNCTIONS = {"\\" + name: f for name, f in vars(cmath).items() if callable(f)}  # \sin, \sqrt, ...
+FUNCTIONS |= {r"\ln": cmath.log, "!": lambda n: complex(math.gamma(n + 1))}
+CONSTANTS = {"e": complex(math.e), "i": 1j, r"\pi": complex(math.pi)}
+SIGNS: dict[type, Any] = {  # of Python: what they calculate
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Eq: operator.sub, ast.Mult: operator.mul,
+    ast.Div: operator.truediv, ast.USub: operator.neg, ast.UAdd: operator.pos,
+}  # fmt: skip
+TOKEN = r"\\text\{[^{}]*\}|\d+\.?\d*(?!_)|\.\d+|[a-zA-Z]{2,}(?: [a-zA-Z]+)+|[a-zA-Z]{4,}|ii+|"
+TOKEN += r"(?:\\[a-zA-Z]+|[a-zA-Z]'*|\d+)(?:_\{[^{}]*\})?'*|\S"
+PYTHON = {"^": "**", "{": " (", "}": ")", "«": "{", "»": "}", "[": "'['*(", "]": ")*']'", "=": "=="}
+PYTHON |= {f: f"{f!r}**" for f in FUNCTIONS} | {s: s for s in "+-*/<(),"} | {"≤": "<=", "%": " "}
+PYTHON |= dict.fromkeys(["≠", ":", "|", r"\in"], " is ")
 
 
-# 3 Reward: 1 if the boxed answer is right =============================================================================
+def find_boxes(text: str) -> list[str]:
+    r"""The contents of all \boxed{...}, \fbox{...} and \boxed 7 of a text."""
+    boxes = re.findall(rf"\\(?:boxed|fbox)\s*({GROUP}|-?[\d.]*\d)", text, re.DOTALL)
+    return [box[1:-1].strip() if box[0] == "{" else box for box in boxes]
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} (or \fbox{...}) whose braces balance, None if there is none. Linear time."""
-    last: tuple[int, str] | None = None  # where the last box begins, and what it holds
-    open_braces: list[re.Match[str]] = []
-    for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
-        if token[0] == "}" and open_braces:
-            opener = open_braces.pop()
-            if len(opener[0]) > 1 and (last is None or opener.start() > last[0]):
-                last = opener.start(), text[opener.end() : token.start()]
-        elif token[0].endswith("{") and token[0] != r"\{":
-            open_braces.append(token)
-    return last and last[1].strip()
+    r"""The content of the last \boxed{...} of a text, None if it has none."""
+    return next(reversed(find_boxes(text)), None)
 
 
 def math_reward(completion: str, answer: str) -> float:
-    r"""1.0 if the last \boxed{} of the completion holds the answer, else 0.0. Any text is legal, none takes long.
+    r"""1.0 if the last \boxed{} of the completion holds the answer, else 0.0; fast for any texts.
 
-    Both sides are brought to one spelling and compared as text, two plain numbers as exact fractions. What is left
-    goes to math-verify, unless it is very long or has what math-verify overlooks: a number base (52_8 would be 52), the
-    order of letters (HTH would be HHT), a prime (f'(x) would be f(x)) or an ellipsis.
+    Both get one spelling, then stand for numbers, exact or to ten digits. Letters are random ones:
+    formulas equal at two points are equal (Schwartz, Zippel). Prose, sums ... are compared as text.
     """
-    boxed = extract_boxed(completion)
-    if boxed is None:
-        return 0.0
-    if len(boxed) > 1000:
-        return float(boxed == answer.strip())
-    (given, given_unit), (gold, gold_unit) = split_unit(normalise(boxed)), split_unit(normalise(answer))
-    if not given or (given_unit and gold_unit and given_unit != gold_unit):
-        return 0.0
-    if without_spaces(given) == without_spaces(gold):
-        return 1.0
-    if len(given) + len(gold) > 600 or re.search(r"\d\s*_", given + " " + gold):
-        return 0.0
-    numbers = plain_number(given), plain_number(gold)
-    if None not in numbers:
-        return float(numbers[0] == numbers[1])
-    if re.fullmatch("[a-zA-Z]{2,} [a-zA-Z]{2,}", f"{given} {gold}") or marks(given, gold) != marks(gold, given):
-        return 0.0
-    return float(same_value(gold, given))
-
-
-SPELLINGS = [  # what is written in several ways -> the one way we keep
-    (r"(?<!\\)\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])|(?<!\\)\\[!,;:()\[\] ]|\\?\$|~", " "),  # layout
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"([_^])\s*\{(\w)\}", r"\1\2"),
-    (r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|operatorname)\s*\{", r"\\text{"),
-    (r"\\text\{([ie])\}", r"\1"),  # upright, as some write them: not a unit
-    (r"^\s*\\text\{([^{}]*)\}\s*$", r"\1"),  # \text{Yes} -> Yes
-    (r"\s*(?:\^\s*\{?\\circ\}?|\\degree|\\?%)\s*$", ""),  # degrees and per cent
-    (r"^\s*\(([A-Za-z])\)\s*$", r"\1"),  # (C) -> C, a multiple choice
-]
-
-
-def normalise(text: str) -> str:
-    """One spelling of an answer: no layout or thousands separators, single spaces, plain words in lower case."""
-    text = text.replace("{,}", ",").replace("\N{MINUS SIGN}", "-")
-    for pattern, replacement in SPELLINGS:
-        text = re.sub(pattern, replacement, text.strip().rstrip("."))
-    text = " ".join(text.split())
-    thousands = r"[-+]?\d{1,3}((,\d{3})+|( \d{3})+)(\.\d+)?"
-    if re.fullmatch(rf"{thousands}( ?\\text.*| [a-z ]+)?", text):
-        text = re.sub(r"(?<=\d)[, ](?=\d{3})", "", text)
-    return text.lower() if re.fullmatch(r"(?i)no|[a-z]{3,}([ '-][a-z]+)*", text) else text
-
-
-def without_spaces(text: str) -> str:
-    """For comparison: all spaces go but those between two digits, as in 1 1/2."""
-    return re.sub(r"(?<!\d) | (?!\d)", "", text)
-
-
-def split_unit(text: str) -> tuple[str, str]:
-    r"""'5 \text{ cm}^2' -> ('5', 'cm^2'): a number and the words after it; (text, '') for anything else."""
-    words = "pi sin cos tan log ln exp sqrt or and mod hundred thousand million billion trillion dozen halves thirds"
-    no_unit = rf"(?!\s*(?:{'|'.join([*words.split(), '[nxyz]', 'squared', 'cubed', 'factorial'])})\b)"
-    word = r"([cmk]m|[mk]g|ft|[a-zA-Z]{3,}(?: [a-zA-Z]+)*)"
-    unit = rf"(?:\\text\{{{no_unit}([^{{}}]*)\}}| {no_unit}{word})((?:\^[23])?)"
-    match = re.fullmatch(rf"([-+]?(?:[\d.,/]+|\\frac\{{\d+\}}\{{\d+\}})) ?{unit}", text)
-    return (match[1], (match[2] or match[3] or "").strip().lower() + match[4]) if match else (text, "")
-
-
-def marks(text: str, other: str) -> tuple[int, bool]:
-    """Primes, and whether there is an ellipsis, in an answer; of f'(x) = 2x only in 2x, if the other is no equation."""
-    text = text if "=" in other else text.rpartition("=")[2]
-    return len(re.findall(r"'|\\prime", text)), bool(re.search(r"\\[lc]?dots|\.\.\.", text))
-
-
-def plain_number(text: str) -> Fraction | None:
-    """The exact value of an integer, a decimal or a quotient of integers, plain or as a LaTeX fraction; else None."""
-    text = re.sub(r"^([-+]?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", without_spaces(text)).removeprefix("+")
-    return Fraction(text) if re.fullmatch(r"-?(\d+\.?|\d*\.\d+|\d+/0*[1-9]\d*)", text, re.ASCII) else None
-
-
-CHECK_SECONDS = 2  # a fair comparison takes milliseconds, the slowest of the paper's answers 0.4 s
-CHECKER = rf"""
-import faulthandler, json, os, sys
-from latex2sympy2_extended import NormalizationConfig
-from math_verify import LatexExtractionConfig, parse, verify
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-except (ImportError, ValueError, OSError):
-    pass  # a system without such limits
-sys.set_int_max_str_digits(0)
-spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
-latex = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=spelling)]
-nowhere = open(os.devnull, "w")
-print("ready", flush=True)
-for line in sys.stdin:
-    faulthandler.dump_traceback_later({CHECK_SECONDS}, exit=True, file=nowhere)
+    given, gold = extract_boxed(completion) or "", answer.strip()
+    if given == gold or max(len(given), len(gold)) > 400:
+        return float(given == gold != "")
+    for pattern, by, *sign in SPELLINGS:
+        if not sign or bool(re.search(sign[0], given)) != bool(re.search(sign[0], gold)):
+            given, gold = re.sub(pattern, by, given), re.sub(pattern, by, gold)
+    if given == gold or ("=" in given) != ("=" in gold):
+        return float(given == gold != "")
+    scales = [1, Fraction(100) ** (("%" in given) - ("%" in gold))]  # 50% is 50, or 0.5
     try:
-        gold, given = (parse("\\boxed{{" + s + "}}", latex, parsing_timeout=None) for s in json.loads(line))
-        same = verify(gold, given, timeout_seconds=None)
-    except Exception:
-        same = False
-    faulthandler.cancel_dump_traceback_later()
-    print(int(same), flush=True)
-"""
+        (a, b), (c, d) = [
+            (value(formula(given), point), value(formula(gold), point)) for point in "pq"
+        ]
+        if "=" in gold and a != c and b != d:  # an equation is the same times a factor
+            a, b, c, d = a * d, b * c, 1, 1
+        e = 1e-10 if isinstance(a - b, complex) else 0
+        near = [abs(a - b * k) <= e * abs(a) for k in scales if abs(c - d * k) <= e * abs(c)]
+        return float(any(near))
+    except Exception:  # SyntaxError, ZeroDivisionError, OverflowError, ...: not a formula
+        return 0.0
 
 
-class AnswerChecker:
-    """math-verify in a child process, which its own watchdog ends when an answer such as 9^{9^{9^9}} takes too long.
-
-    A child process because sympy can hold the interpreter for minutes where no time-out reaches it. The watchdog is a
-    C thread inside the child, so this works from any thread and on any system; no answer can stall training.
-    """
-
-    child: Any = None
-
-    def __call__(self, gold: str, given: str) -> bool:
-        if self.child is None or self.child.poll() is not None:
-            pipes: dict[str, Any] = dict(
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="ascii"
-            )
-            self.child = subprocess.Popen([sys.executable, "-c", CHECKER], start_new_session=True, **pipes)
-            if self.child.stdout.readline() != "ready\n":
-                raise UsageError("math-verify cannot be started; install it with pip install -r requirements.txt.")
-        verdict = ""
-        try:
-            self.child.stdin.write(json.dumps([gold, given]) + "\n")
-            self.child.stdin.flush()
-            verdict = self.child.stdout.readline()
-        except BrokenPipeError:
-            pass
-        finally:
-            if not verdict:  # the watchdog struck, or an interrupt left a verdict unread: a new child next time
-                self.child.kill()
-                self.child.wait()
-                self.child = None
-        return verdict == "1\n"
+def formula(text: str) -> ast.expr:
+    """An answer as Python's syntax tree, in which all symbols are strings. Nothing is executed."""
+    if len(text) > 1000 or max(accumulate((c in "([{«") - (c in ")]}»") for c in text)) > 30:
+        raise ValueError("a formula too long")
+    source = ""
+    for token in re.findall(TOKEN, text, re.ASCII):
+        piece = PYTHON.get(token) or repr(token)
+        if source[-1:] in ("'", '"', ")", "}") and piece[0] in "'\"({":  # 2x, but not 1 2
+            source += "?" if token[0].isdigit() else "*"
+        source += piece
+    return ast.parse(f"[{source}]", mode="eval").body
 
 
-CHECKERS = 4  # several, so that one slow answer does not hold up the others
-IDLE: queue.LifoQueue[AnswerChecker] = queue.LifoQueue()
-for _ in range(CHECKERS):
-    IDLE.put(AnswerChecker())
+def value(node: Any, point: str) -> Any:
+    """The number of a tree: of a tuple, a product of random w_i - part_i; of a set, w - part."""
+    of = partial(value, point=point)
+    match node:
+        case ast.Constant(str(name)) if re.fullmatch(r"\d+|\d*\.\d{1,8}", name, re.ASCII):
+            return Fraction(name)
+        case ast.Constant(str(name)):
+            return CONSTANTS.get(name) or Fraction(Random(name + point).randint(1, 30_000), 10_007)
+        case ast.UnaryOp(sign, a):
+            return SIGNS[type(sign)](of(a))
+        case ast.BinOp(ast.Constant(str(name)), ast.Pow(), x) if name in FUNCTIONS:
+            return FUNCTIONS[name](of(x))
+        case ast.BinOp(a, sign, b) | ast.Compare(a, [ast.Eq() as sign], [b]):
+            a, b = of(a), of(b)
+            exact, small, large = not isinstance(a + b, complex), *sorted([abs(a), abs(b)])
+            lost = not exact and small < 1e-9 * large and type(sign) in (ast.Add, ast.Sub, ast.Eq)
+            if lost or len(f"{a}{b}") > 4000:
+                raise ValueError("digits would be lost, or too many")
+            if isinstance(sign, ast.Pow):
+                exact = exact and b.denominator == 1 and len(str(a)) * abs(b) < 3000
+                return a ** int(b) if exact else complex(a) ** complex(b) or math.nan
+            return SIGNS[type(sign)](a, b)
+        case ast.Call(ast.Call(ast.Constant(r"\frac"), [a]), [b]):
+            return of(ast.BinOp(a, ast.Div(), b))
+        case ast.Call(a, others) | ast.Compare(a, _, others):
+            signs = str([type(sign) for sign in getattr(node, "ops", "")])
+            return of(ast.Tuple([ast.Constant(signs), a, *others]))
+        case ast.List([a]):
+            return of(a)
+        case ast.List(items) | ast.Set(items):
+            return math.prod(of(ast.Constant("{}")) - of(item) for item in items)
+        case ast.Tuple(items) if items:
+            return 1 + math.prod(of(ast.Constant(f"({i}")) - of(a) for i, a in enumerate(items))
+    raise ValueError("not a formula")
 
 
-@functools.lru_cache(maxsize=100_000)
-def same_value(gold: str, given: str) -> bool:
-    """Whether math-verify takes the two answers for the same value. Remembered: in RL the same answers come often."""
-    checker = IDLE.get()
-    try:
-        return checker(gold, given)
-    finally:
-        IDLE.put(checker)
+# 4 Model ==========================================================================================
 
 
-def math_rewards(completions: list[str], answers: list[str]) -> list[float]:
-    """`math_reward` of many pairs, a few at a time."""
-    with ThreadPoolExecutor(CHECKERS) as pool:
-        return list(pool.map(math_reward, completions, answers))
-
-
-# 4 Model ==============================================================================================================
-
-
-def load_model(name: str, device: str | torch.device = "cpu", seed: int = 0) -> tuple[Model, Tokenizer]:
-    """A causal language model with float32 weights, in evaluation mode, and its tokenizer.
-
-    name: 'tiny' (the built-in Qwen3 with random weights drawn from `seed`: see `warm_up`), a Hub id, a folder in the
-    Hugging Face layout, or the folder of a finished run. Only safetensors are read, and no code of a checkpoint is run.
-    Raises UsageError if the model cannot be had or is not Llama-like (`check_model`).
-    """
+def load_model(
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Model, Tokenizer]:
+    """A causal language model with weights of `dtype`, in evaluation mode, and its tokenizer. name:
+    tiny (built in, drawn from `seed`), a Hub id, a folder in the Hugging Face layout, or that of a
+    finished run. Only safetensors are read, and no code of a checkpoint is run."""
     if name == "tiny":
         model, tokenizer = tiny_model(seed)
     else:
-        run = Path(name, "metrics.jsonl").exists()
-        source = str(Path(name, "model")) if run else name
-        if run and not Path(source).exists():
-            raise UsageError(f"The run {name} has no model/; finish it with --resume, or name a model or a checkpoint.")
-        try:
-            no_code: dict[str, Any] = dict(trust_remote_code=False)  # the default is to ask, and a yes runs it
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **no_code)
-            settings = dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True, **no_code)
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
-            model, found = loaded
-        except Exception as error:  # of many kinds, from the libraries that read foreign files
-            if out_of_memory(error):
-                raise
-            why = first_line(error)
-            if not Path(name).exists():
-                why = f"there is no such folder, and the Hub says: {why}"
-            elif not Path(source, "config.json").exists():
-                why = "it is no folder with a model in the Hugging Face layout"
-            raise UsageError(f"The model {name} cannot be loaded ({why}); check name and connection.") from error
-        if missing := sorted(found["missing_keys"]):  # transformers would train random numbers in their place
-            raise UsageError(f"{name} lacks {len(missing)} of its weights, such as {missing[0]}; get it anew.")
-        generation = model.generation_config
-        if generation.temperature or generation.top_k or generation.top_p:
-            generation.do_sample = True  # without it, transformers refuses to save such settings with the trained model
-    check_model(model)
-    for module in model.modules():  # no dropout: old and new log-probabilities are those of one network
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-    return model.to(device=device), tokenizer  # type: ignore[call-arg]
+        folder, fix = Path(name).expanduser(), "check its name, its files and the connection"
+        if (folder / "metrics.jsonl").exists():
+            folder, fix = folder / "model", "this run has not finished: name one of its checkpoints"
+        if (folder / "adapter_config.json").exists():
+            fix = "it is a LoRA adapter: merge it into its base model first"
+        with explain(f"The model {name} cannot be loaded", fix):
+            source = str(folder) if folder.exists() else name
+            own: Any = dict(trust_remote_code=False)  # the default is to ask, and a yes runs it
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **own)
+            settings: Any = dict(own, use_safetensors=True, output_loading_info=True)
+            load: Any = transformers.AutoModelForCausalLM.from_pretrained
+            model, found = load(source, dtype=torch.float32, **settings)
+            if missing := sorted(found["missing_keys"]):  # random numbers are in their place
+                raise ValueError(f"it lacks {len(missing)} of its weights, such as {missing[0]}")
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                raise ValueError("its tokenizer has more tokens than the model has embeddings")
+        drawn = model.generation_config  # transformers saves what it says only with do_sample
+        drawn.do_sample = bool(drawn.temperature or drawn.top_k or drawn.top_p)
+    check_model(model.eval())
+    return place(model, device, dtype), tokenizer
 
 
+def place(model: Model, device: str | torch.device, dtype: torch.dtype) -> Model:
+    """Bring the weights to a device and a dtype; buffers keep theirs: rotary ones need float32."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(device, dtype)
+    return model.to(device)
+
+
+@torch.no_grad()
 def check_model(model: Model) -> None:
-    """Refuse a model unless H^l = H^(l-1) + A^l + F^l in each block and its logits are lm_head(norm(H^L))."""
-
-    def refuse(reason: str) -> None:
-        use = "use a Llama, Mistral, Qwen2, Qwen3 or SmolLM2"
-        raise UsageError(f"{type(model).__name__} is not Llama-like, so it has no internal policies ({reason}); {use}.")
-
-    decoder, parts = model.get_decoder(), ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-    if not (hasattr(decoder, "layers") and hasattr(decoder, "norm") and model.get_output_embeddings() is not None):
-        refuse("it lacks layers, a final norm or lm_head")
-    if not all(hasattr(block, part) for block in decoder.layers for part in parts):
-        refuse(f"a block lacks one of {', '.join(parts)}")
-    if model.config._attn_implementation != "sdpa":
-        refuse("it has no scaled dot-product attention, which the masks of SlotCache are made for")
-    seen, ids = {}, torch.arange(8)[None] % model.config.vocab_size  # (1, 8)
-    with torch.no_grad(), residual_stream(model, lambda name, layer, tensor: seen.update({(name, layer): tensor})):
+    """Refuse a model (float32, CPU) unless its logits are lm_head(norm(H^L)), H^l = H^(l-1) + A^l +
+    F^l, and what `sample` draws from is what `token_logps` scores."""
+    for name, weight in model.named_parameters():
+        if not weight.sum().isfinite():
+            raise UsageError(f"The weight {name} is not finite; download the model again.")
+    close = partial(torch.allclose, rtol=1e-3, atol=1e-3)
+    problem = f"{type(model).__name__} is not Llama-like, so it has no internal policies"
+    with explain(problem, "use a Llama, Mistral, Qwen2, Qwen3 or SmolLM2"):
+        model.set_attn_implementation("sdpa")  # whatever its config.json says
+        ids = torch.arange(8)[None] % model.get_input_embeddings().num_embeddings  # (1, 8)
         logits = model(input_ids=ids, use_cache=False).logits  # (1, 8, V)
-        for layer in range(1, len(decoder.layers) + 1):
-            sum_of_writes = seen["layer", layer - 1] + seen["attention", layer] + seen["ffn", layer]  # (1, 8, D)
-            if not torch.allclose(sum_of_writes, seen["layer", layer], rtol=1e-3, atol=1e-3):
-                refuse(f"block {layer} does not add its attention and its FFN to the residual stream")
-        if not torch.allclose(policy_logits(model, seen["layer", len(decoder.layers)]), logits, rtol=1e-3, atol=1e-3):
-            refuse("its logits are not lm_head(norm(H^L))")
+        for module in model.modules():  # transformers takes eight operations for each, GPUs one
+            if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+                module.forward = partial(rms_norm, module)
+        *_, (hidden, _, attention, _, ffn) = residual_stream(model, ids)  # of block L
+        if not close(policy_logits(model, hidden + attention + ffn), logits):
+            raise ValueError("its logits are not lm_head(norm(H^L)), H^l = H^(l-1) + A^l + F^l")
+        prompts = [ids[0, :5].tolist(), ids[0, :2].tolist()]
+        completions = sample(model, prompts, 3, set(), generator=random_stream("cpu", 0, "check"))
+        sequences = [(p, c.ids) for p, c in zip(prompts, completions, strict=True)]
+        scored, _ = token_logps(model, *pad(sequences, "cpu"), len(model.get_decoder().layers))
+        if not close(torch.tensor([logp for c in completions for logp in c.logps]), scored):
+            raise ValueError("with a cache it computes something else than without")
+
+
+def rms_norm(module: Any, hidden: Tensor) -> Tensor:
+    """h / sqrt(mean(h^2) + eps) * weight, over the last dimension of `hidden`."""
+    weight = module.weight
+    return nn.functional.rms_norm(hidden, weight.shape, weight, module.variance_epsilon)
 
 
 def tiny_model(seed: int) -> tuple[Model, Tokenizer]:
-    """A Qwen3 of 6 blocks and 327 thousand weights, and a tokenizer of a character per token, and `\\boxed{` is one."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
+    r"""A Qwen3 of 6 blocks, 327 thousand parameters; its tokens are characters, and \boxed{."""
     special = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
-    tokens = [*special, "\\boxed{", "\n", *map(chr, range(32, 127))]
-    backend = Backend(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
+    tokens = [*special, r"\boxed{", "\n", *map(chr, range(32, 127))]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
+    backend.decoder = tokenizers.decoders.Fuse()
     backend.add_special_tokens(special)
-    names = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>"
-
-    size: dict[str, Any] = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, vocab_size=len(tokens))
-    heads: dict[str, Any] = dict(num_attention_heads=4, num_key_value_heads=4, head_dim=16, max_position_embeddings=512)
-    rest: dict[str, Any] = dict(tie_word_embeddings=True, initializer_range=0.08, pad_token_id=0, eos_token_id=1)
+    backend.add_tokens([r"\boxed{"])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ 'assistant' if m.role == 'assistant' else 'user' }}|>"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    size: Any = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, head_dim=16)
+    heads: Any = dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512)
+    ends: Any = dict(pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=True)
+    config = transformers.Qwen3Config(vocab_size=len(tokens), **size, **heads, **ends)
+    config.initializer_range = 0.08
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = transformers.Qwen3Config(**size, **heads, **rest, bos_token_id=None)
-        return transformers.Qwen3ForCausalLM(config).eval(), tokenizer
+        return transformers.Qwen3ForCausalLM(config), tokenizer
 
 
-def warm_up(model: Model, tokenizer: Tokenizer, steps: int, seed: int = 0) -> None:
-    r"""Teach the built-in model what an answer looks like, as pretraining would: `steps` batches of 32, cross-entropy.
-
-    A random model earns no reward, so RL would have nothing to learn from. 40 % of the examples work the problem out
-    (`worked_solution`) and 60 % are careless: `\boxed{n}` at once, n off by up to 3. The careless style is planted, as
-    pretraining data have both styles too. Which of them pays is for RL to find out, from the reward alone: accuracy
-    and completion length then rise together. No held-out problem is used.
-    """
-    rng, problems = random.Random(seed), arithmetic_problems()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    model.train()
-    for step in tqdm(range(1, steps + 1), desc="warm-up", leave=False):
+def pretrain(model: Model, tokenizer: Tokenizer, steps: int, seed: int = 0) -> None:
+    r"""Teach the built-in model what an answer looks like, so that RL has some reward to learn
+    from. 40 % of the examples work the problem out, 60 % are careless: \boxed{n} at once, n off by
+    up to 3. Which of the two pays is for RL to find out: accuracy and length rise together."""
+    rng, solutions = random.Random(seed), list(arithmetic().items())
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    for step in tqdm(range(1, steps + 1), "pretraining", leave=False):
         batch = []
-        for problem in rng.sample(problems, 32):
-            guess = max(0, int(problem.answer) + rng.randint(-3, 3))
-            worked = worked_solution(problem.messages[0]["content"])
+        for question, worked in rng.sample(solutions, 32):
+            guess = max(0, int(find_boxes(worked)[-1]) + rng.randint(-3, 3))
             text = worked if rng.random() < 0.4 else rf"\boxed{{{guess}}}"
-            target = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-            batch.append((encode(tokenizer, problem), target))
-        logps, _ = token_logps(model, *pad(batch, model.device), layer=len(model.get_decoder().layers))  # (N,)
+            prompt = encode(tokenizer, Problem([dict(role="user", content=question)], ""))
+            batch.append((prompt, [*tokenizer(text).input_ids, tokenizer.eos_token_id]))
+        logps, _ = token_logps(model, *pad(batch, model.device), len(model.get_decoder().layers))
         (-logps.mean()).backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, step / 50) * (1 + math.cos(math.pi * step / steps)) / 2  # a ramp, then a cosine
+        cosine = (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 50) * cosine
         optimizer.step()
         optimizer.zero_grad()
 
 
-def encode(tokenizer: Tokenizer, problem: Problem, thinking: bool = False) -> list[int]:
-    """The token ids of a problem, ready to be completed: by the chat template, or as plain text if there is none."""
-    messages = problem.messages
+def encode(tokenizer: Tokenizer, problem: Problem) -> list[int]:
+    """The token ids of a problem, ready to be completed: by the chat template, or as plain text. A
+    system message that the template refuses or ignores goes into the first user message."""
+    first, *rest = problem.messages
     if tokenizer.chat_template is None:
-        return tokenizer("\n\n".join(m["content"] for m in messages) + "\n\n").input_ids
-    if messages[0]["role"] == "system" and "system" not in str(tokenizer.chat_template):  # it knows no such role
-        messages = [dict(role="user", content="\n\n".join(m["content"] for m in messages[:2])), *messages[2:]]
-    settings: dict[str, Any] = dict(tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
-    return tokenizer(tokenizer.apply_chat_template(messages, **settings), add_special_tokens=False).input_ids
-
-
-def decode(tokenizer: Tokenizer, completion: "Completion") -> str:
-    """The text of a completion, without special tokens."""
-    return str(tokenizer.decode(completion.ids, skip_special_tokens=True))
+        ids = tokenizer("\n\n".join(m["content"] for m in problem.messages) + "\n\n").input_ids
+        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some end every text
+    settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    render = partial(tokenizer.apply_chat_template, **settings)
+    text, system = "", first["content"].strip() if first["role"] == "system" else ""
+    with contextlib.suppress(jinja2.TemplateError) if system else contextlib.nullcontext():
+        text = render(problem.messages)
+    if system not in text:
+        text = render([dict(rest[0], content=f"{system}\n\n{rest[0]['content']}"), *rest[1:]])
+    if not text:
+        raise ValueError("it renders nothing")
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def end_tokens(model: Model, tokenizer: Tokenizer) -> set[int]:
-    """Every token id that ends a completion: those of the generation settings, and the tokenizer's own."""
+    """The ids that end a completion: the model's, the tokenizer's, and the special token with which
+    the chat template closes an assistant's turn."""
     ids = model.generation_config.eos_token_id
-    return {i for i in (*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id) if i is not None}
+    ends = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
+    turn = [dict(role="user", content="2"), dict(role="assistant", content="THE ANSWER")]
+    with contextlib.suppress(jinja2.TemplateError, ValueError):  # ValueError: it has no template
+        text = tokenizer.apply_chat_template(turn, tokenize=False).partition("THE ANSWER")[2]
+        after = tokenizer(text, add_special_tokens=False).input_ids
+        special = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special]
+        ends.add(next((i for i in after if i in special), None))
+    return ends - {None}
 
 
-# 5 Rollouts ===========================================================================================================
+# 5 Rollouts =======================================================================================
 
 
 @dataclass
 class Completion:
-    """A sampled completion: its token ids (the end token too), and for each its log-probability and pi's entropy."""
+    """A sampled completion."""
 
-    ids: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)  # nats
+    ids: list[int] = field(default_factory=list)  # with the end token
+    logps: list[float] = field(default_factory=list)  # as sampled: for a check, never as log pi_old
+    entropies: list[float] = field(default_factory=list)  # of pi, in nats
     ended: bool = False  # by an end token, not by the length limit
 
 
 class SlotCache:
-    """Keys and values of the n sequences being decoded: row i owns slot i < n, its token at position t owns column t.
+    """Keys and values of the sequences that are being decoded. To transformers it is a cache. Row i
+    owns slot i, and what its token at position t leaves is in column t. So sequences of different
+    lengths need no left padding, and a finished row's slot can be taken over. Columns beyond a
+    row's position hold leftovers, masked until the row overwrites them."""
 
-    So sequences of different lengths need no left padding, a finished row's slot can be taken over, and a step writes
-    one column per row. Columns beyond a row's position are masked: leftovers, to be overwritten as the row grows. One
-    tensor of keys and one of values per block, (slots, kv_heads, columns, head_dim). It stands in for a transformers
-    cache, of which the blocks ask only `update`.
-    """
+    def __init__(self, slots: int, columns: int):
+        self.slots, self.columns = slots, -(-columns // 16) * 16
+        self.blocks: list[list[Tensor]] = []  # keys, values: (slots, heads, columns, size) each
 
-    def __init__(self, slots: int):
-        self.slots = slots
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+    def begin(self, rows: range, position: Tensor, width: int) -> None:
+        """Next come T tokens of each of n rows, at positions (n, T), all of them below `width`."""
+        self.span, self.position = slice(rows.start, rows.stop), position
+        self.rows = torch.arange(rows.start, rows.stop, device=position.device)[:, None]  # (n, 1)
+        self.width, self.mask = width, None  # of prompts, from column 0 on: causal
+        if position.shape[1] < width:  # a token of each row
+            self.width = -(-width // 16) * 16
+            hidden = torch.arange(self.width, device=position.device) > position  # (n, width)
+            mask = torch.zeros_like(hidden, dtype=self.blocks[0][0].dtype)  # (n, width)
+            self.mask = mask.masked_fill_(hidden, -math.inf)[:, None, None]  # (n, 1, 1, width)
 
-    def enter(self, first: int, prompts: Any, owner: list[int]) -> None:
-        """Copy keys and values of prompts just read, a transformers cache: slot first + i takes those of owner[i]."""
-        slots = slice(first, first + len(owner))
-        for i, block in enumerate(prompts.layers):
-            _, heads, columns, size = block.keys.shape
-            if len(self.keys) == i:
-                self.keys.append(block.keys.new_zeros(self.slots, heads, 0, size))
-                self.values.append(block.values.new_zeros(self.slots, heads, 0, size))
-            self.widen(i, columns)
-            self.keys[i][slots, :, :columns] = block.keys[owner]
-            self.values[i][slots, :, :columns] = block.values[owner]
+    def update(self, key: Tensor, value: Tensor, block: int, *_: Any, **__: Any) -> list[Tensor]:
+        """Store keys and values (n, heads, T, size); returns those that can be attended to."""
+        if block == len(self.blocks):  # all memory is allocated here, once
+            shapes = [(self.slots, x.shape[1], self.columns, x.shape[3]) for x in (key, value)]
+            self.blocks.append([key.new_zeros(shape) for shape in shapes])
+        for store, x in zip(self.blocks[block], (key, value), strict=True):
+            store[self.rows, :, self.position] = x.transpose(1, 2)
+        return [store[self.span, :, : self.width] for store in self.blocks[block]]
 
-    def widen(self, i: int, columns: int) -> None:
-        """Make room for so many columns, and for 256 more, so that this is rare."""
-        missing = columns - self.keys[i].shape[2]
-        if missing > 0:
-            self.keys[i] = F.pad(self.keys[i], (0, 0, 0, missing + 256))
-            self.values[i] = F.pad(self.values[i], (0, 0, 0, missing + 256))
-
-    def keep(self, going: list[bool]) -> list[int]:
-        """Close the gaps that finished rows leave: the last rows move into their slots. Returns each slot's old row."""
-        alive = [row for row in range(len(going)) if going[row]]
-        order = list(range(len(alive)))
-        holes = [slot for slot in order if not going[slot]]
-        for hole in holes:
-            order[hole] = alive.pop()
-        if holes:
-            for store in (*self.keys, *self.values):
-                store[holes] = store[[order[hole] for hole in holes]]
-        return order
-
-    def seek(self, position: Tensor) -> Tensor:
-        """Before a decoding step: the column of each row, (n,). Returns what each may see, (n, 1, 1, columns)."""
-        self.columns, device = int(position.max()) + 1, position.device
-        self.written = torch.arange(len(position), device=device), slice(None), position  # rows, all heads, columns
-        return (torch.arange(self.columns, device=device) <= position[:, None])[:, None, None]
-
-    def update(self, key: Tensor, value: Tensor, i: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Called by block i: write a key and a value per row, (n, kv_heads, 1, head_dim), and return all there are."""
-        self.widen(i, self.columns)
-        self.keys[i][self.written] = key[:, :, 0]  # (n, kv_heads, head_dim)
-        self.values[i][self.written] = value[:, :, 0]
-        return self.keys[i][: len(key), :, : self.columns], self.values[i][: len(key), :, : self.columns]
+    def copy(self, sources: list[int], targets: Iterable[int]) -> None:
+        """Copy what is in some slots into others."""
+        source, target = torch.tensor([sources, list(targets)], device=self.rows.device)
+        for store in itertools.chain(*self.blocks):
+            store[target] = store[source]
 
 
-def with_cache(decoder: nn.Module, cache: Any) -> dict[str, Any]:
-    """The arguments that make the decoder read and write a cache, whose name depends on the release of transformers."""
-    new_name = "cache" in inspect.signature(decoder.forward).parameters
-    return {"cache" if new_name else "past_key_values": cache, "use_cache": True}
+def read_prompts(model: Model, prompts: list[list[int]], cache: SlotCache, first: int) -> Tensor:
+    """Read the first n prompts, those that find a slot from `first` on, equal ones once; at most
+    slots / 8 different ones, for the sake of memory. Returns last hidden states (n, D)."""
+    different: list[list[int]] = []  # k of them
+    owner = []  # the number of each prompt among them
+    for prompt in prompts[: cache.slots - first]:
+        if prompt not in different:
+            if len(different) == max(1, cache.slots // 8):
+                break
+            different.append(prompt)
+        owner.append(different.index(prompt))
+    ids, _ = pad([(prompt, []) for prompt in different], model.device)  # (k, T)
+    position = torch.arange(ids.shape[1], device=model.device)[None]  # (1, T)
+    cache.begin(range(first, first + len(different)), position, ids.shape[1])
+    hidden = internal_hidden(model, ids, len(model.get_decoder().layers), cache)  # (k, T, D)
+    cache.copy([first + n for n in owner], range(first, first + len(owner)))
+    return hidden[owner, [len(different[n]) - 1 for n in owner]]
 
 
-def next_prompts(waiting: deque[int], prompts: list[list[int]], free: int, most: int) -> list[int]:
-    """Take the next indices off the queue: at most `free`, of at most `most` different prompts."""
-    taken: list[int] = []
-    seen: set[tuple[int, ...]] = set()
-    while waiting and len(taken) < free and (tuple(prompts[waiting[0]]) in seen or len(seen) < most):
-        taken.append(waiting.popleft())
-        seen.add(tuple(prompts[taken[-1]]))
-    return taken
-
-
-def read_prompts(
-    decoder: nn.Module, prompts: list[list[int]], cache: SlotCache, first: int, device: Any
-) -> tuple[Tensor, Tensor]:
-    """Read n prompts into the slots from `first` on, equal ones once; their last hidden states (n, D), lengths (n,)."""
-    rows: dict[tuple[int, ...], int] = {}  # of each different prompt
-    owner = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompts]
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in rows], batch_first=True)  # (k, T)
-    keys_and_values = transformers.DynamicCache()
-    read = decoder(input_ids=ids.to(device), **with_cache(decoder, keys_and_values))
-    cache.enter(first, keys_and_values, owner)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (n,)
-    return read.last_hidden_state[owner, lengths - 1], lengths
-
-
-def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    """A token for each row of logits (n, V), its log-probability and the entropy of the policy; (n,) each."""
+def draw(logits: Tensor, temperature: float, generator: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A token for each row of logits (n, V), its log-probability, and the entropy; (n,) each."""
     logps = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (n, V)
-    probabilities = logps.exp()  # (n, V)
-    tokens = probabilities.multinomial(1, generator=generator) if temperature else logps.argmax(-1, True)  # (n, 1)
-    return tokens[:, 0], logps.gather(-1, tokens)[:, 0], -(probabilities * logps).sum(-1)  # Eq. 7
+    probs = logps.exp()  # (n, V)
+    if temperature:  # the token at which the cumulative distribution passes a uniform number
+        cumulative = probs.double().cumsum(-1)  # (n, V)
+        uniform = torch.empty_like(cumulative[:, :1]).uniform_(generator=generator)  # (n, 1)
+        tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (n, 1)
+        tokens = tokens.clamp_(max=logits.shape[-1] - 1)
+    else:  # greedy
+        tokens = logps.argmax(-1, keepdim=True)  # (n, 1)
+    return tokens[:, 0], logps.gather(-1, tokens)[:, 0], -(probs * logps).sum(-1)  # Eq. 7
 
 
 @torch.no_grad()
@@ -756,135 +747,108 @@ def sample(
     model: Model,
     prompts: list[list[int]],
     max_new_tokens: int,
-    eos_ids: set[int] | list[int],
+    eos_ids: Iterable[int],
     temperature: float = 1.0,
     rows: int = 128,
     generator: torch.Generator | None = None,
-    bar: str | None = None,
+    bar: str = "",
 ) -> list[Completion]:
-    """Sample one completion of every prompt from the full softmax of the model: no top-k, no top-p, no penalties.
-
-    prompts: lists of token ids; equal ones that enter together, as those of a group do, are read once. At most `rows`
-    sequences are decoded at once; a finished one leaves the batch, and the next prompts enter as soon as an eighth of
-    the rows is free, at most rows / 8 different ones at a time, for the sake of memory. Temperature 0 is greedy (its
-    log-probabilities and entropies are those of temperature 1). generator: a torch.Generator on the model's device;
-    bar: the name of a progress bar. Returns the completions in the order of the prompts, each of 1 to max_new_tokens
-    tokens.
-    """
-    model.eval()  # in training mode with activation checkpointing, transformers drops the cache without a word
-    decoder, lm_head, device = model.get_decoder(), model.get_output_embeddings(), model.device
+    """Sample a completion of each prompt (token ids) from the full softmax of pi: no top-k, top-p.
+    Equal prompts that enter together, as a group's do, are read once. At most `rows` sequences are
+    decoded at once: a finished one leaves, and prompts enter when an eighth of the rows is free.
+    generator: on the model's device; temperature 0 is greedy; bar: the name of a progress bar."""
+    model.eval()
+    ends, num_layers = set(eos_ids), len(model.get_decoder().layers)
     completions = [Completion() for _ in prompts]
-    waiting = deque(range(len(prompts)))  # indices of prompts
-    running: list[int] = []  # likewise; running[i] is in row i
-    cache, eighth = SlotCache(min(rows, len(prompts))), max(1, rows // 8)
-    hidden = torch.empty(0, model.config.hidden_size, dtype=model.dtype, device=device)  # (n, D), of each last token
-    position = torch.empty(0, dtype=torch.long, device=device)  # (n,), of each row's next token
-    progress = tqdm(total=len(prompts), desc=bar, leave=False, disable=None if bar else True)  # None: on a terminal
-    while waiting or running:
-        # New prompts enter.
-        free = cache.slots - len(running)
-        if waiting and free >= min(len(waiting), eighth):  # several prompts at a time are read faster
-            new = next_prompts(waiting, prompts, free, eighth)
-            last, lengths = read_prompts(decoder, [prompts[i] for i in new], cache, len(running), device)
-            hidden, position = torch.cat([hidden, last]), torch.cat([position, lengths])  # (n, D), (n,)
-            running += new
+    cache = SlotCache(min(rows, len(prompts)), max(map(len, prompts), default=0) + max_new_tokens)
+    running: list[int] = []  # the index of each row's prompt
+    entered = 0  # prompts
+    hidden = model.get_input_embeddings().weight[:0]  # (n, D), of the last token of each row
+    progress = tqdm(total=len(prompts), desc=bar, leave=False, disable=not bar)
+    while running or entered < len(prompts):
+        # Prompts enter, several at a time, which is faster.
+        waiting = prompts[entered:]
+        if waiting and cache.slots - len(running) >= min(len(waiting), max(1, cache.slots // 8)):
+            last = read_prompts(model, waiting, cache, len(running))  # (n, D)
+            running += range(entered, entered + len(last))
+            entered, hidden = entered + len(last), torch.cat([hidden, last])
 
         # Each row draws a token.
-        tokens, chosen, entropies = draw(lm_head(hidden), temperature, generator)  # (n,) each
+        drawn = draw(policy_logits(model, hidden), temperature, generator)  # (n,) each
         going = []
-        for i, token, logp, entropy in zip(running, tokens.tolist(), chosen.tolist(), entropies.tolist(), strict=True):
-            done = completions[i]
-            done.ids.append(token)
-            done.logps.append(logp)
-            done.entropies.append(entropy)
-            done.ended = token in eos_ids
-            going.append(not done.ended and len(done.ids) < max_new_tokens)
+        for i, token, logp, entropy in zip(running, *torch.stack(drawn).tolist(), strict=True):
+            c = completions[i]
+            c.ids.append(int(token))
+            c.logps.append(logp)
+            c.entropies.append(entropy)
+            c.ended = token in ends
+            going.append(not c.ended and len(c.ids) < max_new_tokens)
 
         # Finished rows leave, the others read their token.
-        order = cache.keep(going)
+        alive = [row for row, goes_on in enumerate(going) if goes_on]
+        order = [slot if going[slot] else alive.pop() for slot in range(len(alive))]  # old rows
+        if moved := [slot for slot, row in enumerate(order) if slot != row]:
+            cache.copy([order[slot] for slot in moved], moved)
         progress.update(len(running) - len(order))
-        running = [running[row] for row in order]
-        hidden, position = hidden[:0], position[order]  # (0, D), computed anew if any row goes on; (n,)
+        running, hidden = [running[row] for row in order], hidden[:0]
         if running:
-            inputs = dict(input_ids=tokens[order, None], position_ids=position[:, None])  # (n, 1) each
-            mask = cache.seek(position)  # (n, 1, 1, columns)
-            step = decoder(**inputs, attention_mask=mask, **with_cache(decoder, cache))
-            hidden = step.last_hidden_state[:, 0]  # (n, D)
-            position = position + 1
+            position = [len(prompts[i]) + len(completions[i].ids) - 1 for i in running]
+            rows_at = torch.tensor([order, position], device=model.device)[..., None]  # (2, n, 1)
+            cache.begin(range(len(running)), rows_at[1], max(position) + 1)
+            hidden = internal_hidden(model, drawn[0][rows_at[0]], num_layers, cache)[:, 0]  # (n, D)
     progress.close()
     return completions
 
 
-# 6 Internal policies ==================================================================================================
+# 6 Internal policies ==============================================================================
+
+HEAD_TOKENS = 1024  # have logits at a time: those of all tokens, (B, T, V), would fill any GPU
 
 
-@contextlib.contextmanager
-def first_layers(model: Model, layer: int, norm: bool = True) -> Iterator[None]:
-    """Inside this context the model has only its first `layer` blocks, and no final norm if `norm` is False.
-
-    So `model` *is* the internal policy pi^l: lm_head(norm(H^l)), or lm_head(H^l). Only forward passes belong inside; a
-    backward pass may follow later. (parameters() and save_pretrained() would see the cut model.)
-    """
-    decoder = model.get_decoder()
-    layers, final_norm = decoder.layers, decoder.norm
-    decoder.layers, decoder.norm = layers[:layer], final_norm if norm else nn.Identity()
-    try:
-        yield
-    finally:
-        decoder.layers, decoder.norm = layers, final_norm
-
-
-def internal_hidden(model: Model, ids: Tensor, layer: int) -> Tensor:
-    """The residual stream H^l after block l, before any final norm; runs blocks 1..l only.
-
-    ids (B, T), int64, padded on the right with anything: causal attention never looks there. layer: 0..L, where H^0
-    are the embeddings. Returns (B, T, D): values and gradients are those of `hidden_states[layer]` in a full forward
-    pass, except that transformers has normed the last of these. Raises UsageError for a layer that is not there.
-    """
-    if not 0 <= layer <= len(model.get_decoder().layers):
-        raise UsageError(f"There is no layer {layer}: this model has layers 1 to {len(model.get_decoder().layers)}.")
-    with first_layers(model, layer, norm=False):
-        return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+def internal_hidden(
+    model: Model, ids: Tensor, layer: int, cache: SlotCache | None = None, recompute: bool = False
+) -> Tensor:
+    """The residual stream H^l (B, T, D) after block l = 0..L, before any final norm; runs blocks
+    1..l. ids (B, T), int64, padded on the right with anything: causal attention never looks there.
+    recompute: activations anew in the backward pass. Values and gradients are those of
+    `hidden_states[layer]`, except that transformers has already normed the last of these."""
+    hidden = model.get_input_embeddings()(ids)  # (B, T, D)
+    position = cache.position if cache else torch.arange(ids.shape[1], device=ids.device)[None]
+    rotary, mask = model.get_decoder().rotary_emb(hidden, position), cache.mask if cache else None
+    for block in model.get_decoder().layers[:layer]:  # whose attention is causal without a mask
+        run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+        hidden = run(hidden, mask, None, cache, position_embeddings=rotary)  # None: position ids
+    return hidden
 
 
 def policy_logits(model: Model, hidden: Tensor, norm: bool = True) -> Tensor:
-    """Logits (..., V) of the policy that speaks from `hidden` (..., D): E_u norm(h), or E_u h without the norm.
-
-    With H^L this is the policy (Eq. 1), with H^l an internal layer policy (Eq. 5, which has no norm), with A^l or F^l
-    and no norm an internal modular policy (Eq. 6).
-    """
+    """Logits (..., V) of the policy that speaks from `hidden` (..., D): E_u norm(h), or E_u h. With
+    H^L this is the policy (Eq. 1), with H^l an internal layer policy (Eq. 5, which has no norm),
+    with A^l or F^l and no norm an internal modular policy (Eq. 6)."""
     return model.get_output_embeddings()(model.get_decoder().norm(hidden) if norm else hidden)
 
 
 def pad(sequences: Sequences, device: str | torch.device) -> tuple[Tensor, Tensor]:
-    """(prompt, completion) pairs of token ids -> ids (B, T), padded on the right, and mask (B, T), True on completions.
-
-    The mask comes from the lengths, never from token values: a pad id may well be an end id.
-    """
+    """(prompt, completion) pairs -> ids (B, T), padded on the right, mask (B, T) of completions.
+    The mask comes from the lengths, never from token values: a pad id may well be an end id."""
     tokens = [torch.tensor([*prompt, *completion]) for prompt, completion in sequences]
-    marks = [torch.tensor([False] * len(prompt) + [True] * len(completion)) for prompt, completion in sequences]
-    ids, mask = (nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (tokens, marks))  # (B, T) each
+    marks = [torch.tensor([False] * len(p) + [True] * len(c)) for p, c in sequences]
+    ids, mask = (nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (tokens, marks))
     return ids.to(device), mask.to(device)
 
 
-def micro_batches(sequences: Sequences, tokens: int, numbers: Iterable[int] | None = None) -> list[list[int]]:
-    """Split sequences, those of the given numbers or all, into micro-batches: lists of their numbers.
-
-    A micro-batch, padded to its longest sequence, holds at most `tokens` tokens, or is a single sequence. Shortest
-    first, so that little of it is padding.
-    """
+def micro_batches(
+    sequences: Sequences, tokens: int, indices: Iterable[int] | None = None
+) -> list[tuple[int, ...]]:
+    """Split the sequences of the given indices, or all, into micro-batches of indices. Padded to
+    its longest sequence, each holds at most `tokens` tokens, or is one sequence."""
     lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
-    micros: list[list[int]] = []
-    for i in sorted(range(len(lengths)) if numbers is None else numbers, key=lengths.__getitem__):
+    micros: list[tuple[int, ...]] = []  # shortest first, so that little of them is padding
+    for i in sorted(range(len(lengths)) if indices is None else indices, key=lengths.__getitem__):
         if not micros or (len(micros[-1]) + 1) * lengths[i] > tokens:
-            micros.append([])
-        micros[-1].append(i)
+            micros.append(())
+        micros[-1] += (i,)
     return micros
-
-
-def predicting(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states (B, T, D) -> (N, D): those one position before each of the N tokens where mask (B, T) is True."""
-    return hidden[:, :-1][mask[:, 1:]]
 
 
 def token_logps(
@@ -894,835 +858,671 @@ def token_logps(
     layer: int,
     norm: bool = True,
     temperature: float = 1.0,
-    head_tokens: int = 1024,
     entropy: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """log pi^l of each token where mask is True, given all tokens before it; if asked, the entropies of pi^l there too.
-
-    ids and mask (B, T) as from `pad`. Returns log-probabilities (N,) of the N masked tokens, row by row, and entropies
-    (N,), without gradient, or None; float32, nats. The final norm always applies at layer = L. Only the positions that
-    predict a masked token go through lm_head, `head_tokens` at a time, and the backward pass computes their logits
-    again: all logits at once, (B, T, V) in float32, are what runs a GPU out of memory.
-    """
+    """log pi^l (N,) of the N tokens where mask is True, row by row, given all before each; and, if
+    asked, entropies (N,) of pi^l, without gradient; float32, nats. ids, mask (B, T) as from `pad`.
+    At layer = L the final norm always applies. Only positions before such tokens go through
+    lm_head, HEAD_TOKENS at a time, and the backward pass computes their logits again."""
     norm = norm or layer == len(model.get_decoder().layers)
-    hidden = predicting(internal_hidden(model, ids, layer), mask)  # (N, D)
     targets = ids[:, 1:][mask[:, 1:]]  # (N,)
+    hidden = internal_hidden(model, ids, layer, recompute=recompute)  # (B, T, D)
+    hidden = hidden[:, :-1][mask[:, 1:]]  # (N, D), one position before each target
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = policy_logits(model, hidden, norm).float()  # (n, V)
-        logps = logits.div_(temperature).log_softmax(-1)  # (n, V)
+        logps = (policy_logits(model, hidden, norm).float() / temperature).log_softmax(-1)  # (n, V)
         fixed = logps.detach()
-        entropies = -fixed.exp().mul_(fixed).sum(-1) if entropy else None  # (n,) Eq. 7
+        entropies = -(fixed.exp() * fixed).sum(-1) if entropy else None  # (n,) Eq. 7
         return logps.gather(-1, targets[:, None])[:, 0], entropies
 
-    chunks = zip(hidden.split(head_tokens), targets.split(head_tokens), strict=True)
-    logps, entropies = zip(*(checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks), strict=True)
+    chunks = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
+    scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+    logps, entropies = zip(*scored, strict=True)
     return torch.cat(logps), torch.cat(entropies) if entropy else None
 
 
-@contextlib.contextmanager
-def residual_stream(model: Model, visit: Callable[[str, int, Tensor], Any]) -> Iterator[None]:
-    """Inside this context a forward pass calls visit(name, layer, tensor), tensor (B, T, D), as the blocks compute.
-
-    The names, for l = 1..L: 'attention_input' LN(H^(l-1)), 'attention' A^l, 'ffn_input' LN(H^(l-1) + A^l), 'ffn' F^l
-    and 'layer' H^l = H^(l-1) + A^l + F^l; before them comes ('layer', 0), the embeddings.
-    """
-
-    def watch(module: nn.Module, name: str, layer: int) -> None:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            visit(name, layer, output[0] if isinstance(output, tuple) else output)
-
-        hooks.append(module.register_forward_hook(hook))
-
-    hooks: list[Any] = []
-    try:
-        watch(model.get_input_embeddings(), "layer", 0)
-        for layer, block in enumerate(model.get_decoder().layers, start=1):
-            watch(block.input_layernorm, "attention_input", layer)
-            watch(block.self_attn, "attention", layer)
-            watch(block.post_attention_layernorm, "ffn_input", layer)
-            watch(block.mlp, "ffn", layer)
-            watch(block, "layer", layer)
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def residual_stream(model: Model, ids: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """H^(l-1), LN(H^(l-1)), A^l, LN(H^(l-1) + A^l), F^l of each block l = 1..L; (B, T, D) each. For
+    ids (B, T): the forward pass of a Llama-like decoder, spelt out."""
+    hidden = internal_hidden(model, ids, 0)  # H^0, the embeddings
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+    rotary = model.get_decoder().rotary_emb(hidden, positions)
+    for block in model.get_decoder().layers:
+        attention_input = block.input_layernorm(hidden)
+        attention, _ = block.self_attn(attention_input, rotary, attention_mask=None)  # causal
+        ffn_input = block.post_attention_layernorm(hidden + attention)
+        ffn = block.mlp(ffn_input)
+        yield hidden, attention_input, attention, ffn_input, ffn
+        hidden = hidden + attention + ffn
 
 
 @torch.no_grad()
-def entropy_profile(
-    model: Model,
-    sequences: Sequences,
-    norm: bool = True,
-    names: tuple[str, ...] = ("layer", "attention_input", "attention", "ffn_input", "ffn"),
-    micro_tokens: int = 16384,
-    head_tokens: int = 1024,
-) -> dict[str, list[float]]:
-    """Mean entropy, in nats per completion token, of every internal policy of the model (Eq. 5 to 7).
-
-    sequences: (prompt, completion) pairs of token ids. Returns for each of `names` a list: under 'layer' L + 1 numbers,
-    of H^0..H^L through the final norm, or without it if `norm` is False (H^L: always with it); under the others L
-    numbers, of LN(H^(l-1)), A^l, LN(H^(l-1) + A^l) and F^l, without the final norm. The entropy changes are
-    'layer'[l] - 'layer'[l-1] (Eq. 8, 11), 'attention' - 'attention_input' (Eq. 12) and 'ffn' - 'ffn_input' (Eq. 13).
-    """
-    model.eval()
-    last = len(model.get_decoder().layers)
-    sums = {name: [0.0] * (last + (name == "layer")) for name in names}
-    for micro in micro_batches(sequences, micro_tokens):
+def ffn_entropy_change(model: Model, sequences: Sequences, tokens: int = 16384) -> list[float]:
+    """H(F^l) - H(LN(H^(l-1) + A^l)), l = 1..L: by how much each FFN raises the entropy (Eq. 13).
+    Mean over completion tokens, in nats, of internal modular policies; `tokens` a micro-batch."""
+    change = [0.0] * len(model.get_decoder().layers)
+    for micro in micro_batches(sequences, tokens):
         ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
-
-        def add(name: str, layer: int, tensor: Tensor, mask: Tensor = mask) -> None:
-            if name not in names:
-                return
-            normed = name == "layer" and (norm or layer == last)
-            place = layer if name == "layer" else layer - 1  # only this list begins with layer 0
-            for hidden in predicting(tensor, mask).split(head_tokens):  # (n, D)
-                logps = policy_logits(model, hidden, normed).float().log_softmax(-1)  # (n, V)
-                sums[name][place] -= float((logps.exp() * logps).sum())
-
-        with residual_stream(model, add):
-            model.get_decoder()(input_ids=ids, use_cache=False)
-    tokens = sum(len(completion) for _, completion in sequences)
-    return {name: [value / tokens for value in values] for name, values in sums.items()}
+        for i, (*_, before, after) in enumerate(residual_stream(model, ids)):
+            for sign, tensor in ((-1, before), (1, after)):
+                for hidden in tensor[:, :-1][mask[:, 1:]].split(HEAD_TOKENS):  # (n, D)
+                    logps = policy_logits(model, hidden, norm=False).float().log_softmax(-1)
+                    change[i] -= sign * float((logps.exp() * logps).sum())  # Eq. 7
+    total = sum(len(completion) for _, completion in sequences)
+    return [value / total for value in change]
 
 
 def boundary_layer(ffn_entropy_change: list[float], tolerance: float = 0.1) -> int:
-    """The last layer of the exploring region, counted from 1: the one whose internal policy the paper optimises.
-
-    ffn_entropy_change: H(F^l) - H(LN(H^(l-1) + A^l)) of layers 1..L, in nats (Eq. 13). A layer explores if its change
-    is clearly positive: above `tolerance` times the largest. The region begins with the first such layer and ends
-    where the change turns to about zero or below. If no layer explores this is L, whose policy is pi itself.
-    """
+    """The last layer of the exploring region, the lowest run of layers whose FFN's entropy change
+    is clearly positive: above `tolerance` times the largest. If there is none this is L: pi
+    itself."""
     threshold = tolerance * max(0.0, *ffn_entropy_change)
-    explores = [change > threshold for change in ffn_entropy_change] + [False]  # above layer L nothing does
-    # The index, from 0, of the first layer that explores no more is the number, from 1, of the last that does.
-    return explores.index(False, explores.index(True)) if True in explores else len(ffn_entropy_change)
+    for layer, changes in enumerate(itertools.pairwise([*ffn_entropy_change, -math.inf]), start=1):
+        if changes[0] > threshold >= changes[1]:
+            return layer
+    return len(ffn_entropy_change)
 
 
-# 7 Objective ==========================================================================================================
+# 7 Objective ======================================================================================
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """A = (R - mean) / (std + 1e-6) over each problem's completions, std unbiased (Eq. 3).
-
-    rewards and result: (problems, group), float. A group whose rewards are all equal gets exactly 0.
-    """
-    centred = rewards - rewards.mean(-1, keepdim=True)  # (problems, group)
+    """A = (R - mean) / (std + 1e-6) over each problem's completions, std unbiased (Eq. 3). rewards
+    and result: (problems, group), float. A group of equal rewards gets exactly 0."""
+    centered = rewards - rewards.mean(-1, keepdim=True)  # (problems, group)
     equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)  # (problems, 1)
-    return (centred / (rewards.std(-1, keepdim=True) + 1e-6)).masked_fill(equal, 0.0)  # (problems, group)
+    return (centered / (rewards.std(-1, keepdim=True) + 1e-6)).masked_fill(equal, 0.0)
 
 
 def clipped_surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """min(rho A, clip(rho, 1 - eps, 1 + eps) A) per token, to be maximised: Eq. 9, and Eq. 3 at l = L.
-
-    All of one shape; the log-probabilities are those of the policy being optimised, so rho = pi^l_new / pi^l_old is how
-    far the updates on this rollout have moved it. It is no importance correction: completions always come from pi.
-    """
+    """min(rho A, clip(rho, 1 - eps, 1 + eps) A) per token, to be maximized: Eq. 9; at l = L, Eq. 3.
+    All of one shape; rho = pi^l_new / pi^l_old, both of the policy being optimized, is how far the
+    updates on this rollout have moved it: no importance weight, since completions come from pi."""
     ratio = (logps - old_logps).exp()
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
-def optimised_layer(step: int, internal_steps: int, internal_layer: int, num_layers: int) -> int:
-    """The layer whose policy `step` optimises, with steps counted from 1: the phase switch (Eq. 10)."""
+def optimized_layer(step: int, internal_steps: int, internal_layer: int, num_layers: int) -> int:
+    """The layer whose policy `step` optimizes, steps counted from 1: the phase switch (Eq. 10)."""
     return internal_layer if step <= internal_steps else num_layers
 
 
-# 8 Evaluation =========================================================================================================
+# 8 Evaluation =====================================================================================
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that one of k is right, estimated from c right ones of n >= k: 1 - C(n - c, k) / C(n, k)."""
+    """The chance that one of k is right, from c right ones of n >= k: 1 - C(n-c, k) / C(n, k)."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def evaluate(
-    model: Model,
-    tokenizer: Tokenizer,
-    problems: list[Problem],
-    k: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    rows: int = 128,
-    seed: int = 0,
-    thinking: bool = False,
-) -> tuple[dict, list[tuple[Problem, Completion, float]]]:
-    """avg@k and pass@1..k of the full policy, from k completions of each problem.
-
-    The random stream is the evaluation's own and the same at each call: it cannot disturb training. Returns metrics:
-    eval_avg, the mean reward; eval_se, its standard error over problems (completions of one problem are not
-    independent); eval_pass, the list of pass@1 to pass@k; eval_k; eval_problems. And samples: (problem, completion,
-    reward), those of a problem side by side.
-    """
+    model: Model, tokenizer: Tokenizer, problems: list[Problem], config: Config
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """avg@k and pass@1..k of pi, from k completions of each problem, and these; always from the
+    same random stream, its own. eval_se is the standard error of eval_avg over problems."""
+    k, samples = config.eval_k, []
     asked = [problem for problem in problems for _ in range(k)]
-    prompts = [ids for problem in problems for ids in [encode(tokenizer, problem, thinking)] * k]
-    generator, ends = random_stream(model.device, seed, "evaluation"), end_tokens(model, tokenizer)
-    completions = sample(model, prompts, max_new_tokens, ends, temperature, rows, generator, "evaluation")
-    rewards = math_rewards([decode(tokenizer, c) for c in completions], [p.answer for p in asked])
-    right = [int(sum(rewards[i : i + k])) for i in range(0, len(rewards), k)]  # of each problem's k completions
+    completions, sequences = rollout(model, tokenizer, asked, config, "evaluation")
+    for problem, (prompt, ids), c in zip(asked, sequences, completions, strict=True):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        said = dict(completion=text, ended=c.ended, reward=math_reward(text, problem.answer))
+        samples.append(dict(asdict(problem), **said, prompt_ids=prompt, ids=ids))
+    rewards = [sample["reward"] for sample in samples]
+    right = [int(sum(rewards[i : i + k])) for i in range(0, len(rewards), k)]  # of each problem's k
     metrics = dict(
-        eval_avg=statistics.fmean(rewards),
-        eval_se=statistics.stdev(c / k for c in right) / len(right) ** 0.5 if len(right) > 1 else None,
-        eval_pass=[statistics.fmean(pass_at_k(k, c, j) for c in right) for j in range(1, k + 1)],
+        eval_avg=fmean(rewards),
+        eval_se=stdev(c / k for c in right) / len(right) ** 0.5 if len(right) > 1 else None,
+        eval_pass=[fmean(pass_at_k(k, c, j) for c in right) for j in range(1, k + 1)],
         eval_k=k,
         eval_problems=len(problems),
     )
-    return metrics, list(zip(asked, completions, rewards, strict=True))
+    return metrics, samples
 
 
-def random_stream(device: str | torch.device, seed: int, purpose: str) -> torch.Generator:
-    """A random generator that the seed and its purpose determine: nothing to save, and none disturbs another."""
-    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
+def evaluate_and_log(
+    step: int, model: Model, tokenizer: Tokenizer, problems: list[Problem], config: Config
+) -> None:
+    """Evaluate, log it with a completion of each of the first eight problems, and show one."""
+    metrics, samples = evaluate(model, tokenizer, problems, config)
+    k, first, error = config.eval_k, samples[0], metrics["eval_se"]
+    for sample in samples[: 8 * k : k]:
+        log(Path(config.out, "completions.jsonl"), dict(step=step, **sample))
+    log(Path(config.out, "metrics.jsonl"), dict(step=step, **metrics))
+    known = "" if error is None else f" (standard error {error:.1%})"
+    score = f"avg@{k} {metrics['eval_avg']:.1%}{known}, pass@{k} {metrics['eval_pass'][-1]:.1%}"
+    tqdm.write(f"Evaluation  step {step}: {score}, {len(problems)} held-out problems")
+    said = f"{first['messages'][-1]['content'][:150]} -> ... {first['completion'][-200:]}"
+    said += f" [answer {first['answer']}, reward {first['reward']:.0f}]"
+    tqdm.write(f"Completion  {' '.join(said.split())}")
 
 
-# 9 Training ===========================================================================================================
+# 9 Training =======================================================================================
+
+GRAD_CLIP = 1.0  # largest norm of a gradient (paper: 1.0)
 
 
 def train(config: Config, resume: bool = False) -> Path:
-    """Run BuPO as `config` says and return the folder of the run; with `resume`, go on from its last checkpoint.
-
-    The folder holds config.json, metrics.jsonl (a line per training step and per evaluation), completions.jsonl (some
-    of each evaluation), the last checkpoints and at the end model/, in the Hugging Face layout. Whatever is random
-    follows from the seed, its purpose and the step, so a resumed run repeats an undisturbed one, bit for bit on a CPU.
-    Raises UsageError for what the user can mend, and KeyboardInterrupt, after a checkpoint, when it is interrupted.
-    """
-    run = set_up(config, resume)
-    device, bfloat16 = run.model.device, run.actor is not run.model
-    bar = tqdm(total=config.steps, initial=run.done, desc="training", unit="step", disable=not config.steps)
-    try:
-        if run.done % config.eval_every == 0 or run.done == config.steps:  # a resumed run has lost this one
-            evaluate_run(run)
-        for step in range(run.done + 1, config.steps + 1):
-            # 1 Draw problems, and G completions of each from the full policy pi, in either phase.
-            began = time.perf_counter()
-            drawn = [run.problems[i] for i in problems_of_step(step, len(run.problems), config.prompts, config.seed)]
-            asked = [problem for problem in drawn for _ in range(config.group)]
-            prompts = [ids for p in drawn for ids in [encode(run.tokenizer, p, config.thinking)] * config.group]
-            ends, stream = end_tokens(run.model, run.tokenizer), random_stream(device, config.seed, f"rollout {step}")
-            how = config.max_completion, ends, config.temperature, config.rows
-            completions = sample(run.actor, prompts, *how, stream, "rollouts")
-            sequences = [(prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True)]
-            rollout_seconds = time.perf_counter() - began
-            mismatch = sampling_error(run.actor, sequences, completions, config)
-
-            # 2 Reward 1 for a right boxed answer, else 0.
-            texts = [decode(run.tokenizer, completion) for completion in completions]
-            rewards = math_rewards(texts, [problem.answer for problem in asked])
-
-            # 3 Normalise within each problem's group.
-            advantages = group_advantages(torch.tensor(rewards).view(-1, config.group))  # (problems, group)
-
-            # 4 Choose the policy to optimise: pi^l in phase 1, then pi.
-            if run.internal_layer is None:  # `auto`
-                run.internal_layer = find_boundary(run.actor, sequences, config)
-            layer = optimised_layer(step, config.internal_steps, run.internal_layer, run.num_layers)
-            if step in (1, config.internal_steps + 1):
-                say_phase(step, layer, run)
-
-            with finish_first():  # Ctrl-C waits until the step is whole
-                # 5 Climb the clipped surrogate of that policy, one optimizer update per mini-batch.
-                run.whole, updating = False, time.perf_counter()
-                for param_group in run.optimizer.param_groups:
-                    param_group["lr"] = config.lr * min(1.0, step / config.lr_ramp)
-                updated = update(run.model, run.optimizer, sequences, advantages.flatten(), layer, config, bfloat16)
-                if bfloat16:
-                    refresh(run.actor, run.model)
-                update_seconds = time.perf_counter() - updating
-
-                # 6 Log; save and evaluate now and then.
-                metrics = dict(step=step, layer=layer) | rollout_metrics(completions, rewards, advantages) | updated
-                tokens = sum(len(c.ids) for c in completions)
-                metrics |= dict(
-                    sampling_error=mismatch,
-                    rollout_tokens_per_s=tokens / rollout_seconds,
-                    update_tokens_per_s=tokens / update_seconds,
-                    peak_memory_gb=peak_memory_gb(device),
-                    seconds=time.perf_counter() - began,
-                )
-                log(run.out / "metrics.jsonl", metrics)
-                run.done, run.whole = step, True
-                run.log_sizes = {name: (run.out / name).stat().st_size for name in LOGS if (run.out / name).exists()}
-                if step % config.save_every == 0 or step == config.steps:
-                    save_checkpoint(run)
-            say_step(bar, metrics, run)
-            if step % config.eval_every == 0 or step == config.steps:
-                for i in (0, -1):  # of two problems
-                    say_completion(asked[i], texts[i], rewards[i])
-                evaluate_run(run)
-    except KeyboardInterrupt:
-        if run.whole and config.steps:
-            with finish_first():  # an impatient second Ctrl-C must not lose the checkpoint
-                save_checkpoint(run)
-        raise
-    finally:
-        bar.close()
+    """Run BuPO as `config` says and return the run's folder; resume: from its last checkpoint. All
+    that is random follows from the seed, its purpose and the step, so a resumed run repeats an
+    undisturbed one, bit for bit on a CPU. Ctrl-C finishes the step and saves a checkpoint."""
+    device, dtype = choose_device(config)
+    out, start = run_folder(config, resume)
+    model, tokenizer = load_model(str(start or config.model), seed=config.seed)
+    held_out, problems = usable_problems(config, model, tokenizer)
+    write_config(out, config, resume)  # nothing was written before
+    if config.model == "tiny" and not start:
+        pretrain(model, tokenizer, config.pretrain_steps, config.seed)
+    optimizer = MasterAdamW(model, device, dtype, config.optimizer_device)
+    state = load_checkpoint(start, optimizer)
     if config.steps:
-        write_folder(run.out / "model", lambda folder: save_model(run.actor, run.tokenizer, folder))
-        print(f"Saved       {run.out / 'model'}; to evaluate it again: python bupo.py {to_evaluate(config)}")
-    return run.out
+        save_checkpoint(config, model, tokenizer, optimizer, state)
+    if held_out and state["step"] == 0:
+        evaluate_and_log(0, model, tokenizer, held_out, config)
+    history: list[dict[str, Any]] = []
+    steps = range(state["step"] + 1, config.steps + 1)
+    bar = tqdm(steps, "training", config.steps, initial=state["step"], disable=not steps)
+    for step in bar:
+        if STOP:
+            break
+
+        # 1 Draw problems, and G completions of each from the full policy pi, in either phase.
+        times = [time.perf_counter()]
+        drawn = problems_of_step(step, len(problems), config.prompts_per_step, config.seed)
+        asked = [problems[i] for i in drawn for _ in range(config.group_size)]
+        completions, sequences = rollout(model, tokenizer, asked, config, f"rollout {step}")
+        times.append(time.perf_counter())
+
+        # 2 Reward 1 for a right boxed answer, else 0.
+        texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        rewards = [math_reward(text, p.answer) for text, p in zip(texts, asked, strict=True)]
+
+        # 3 Normalize within each problem's group: (problems, group).
+        advantages = group_advantages(torch.tensor(rewards).view(-1, config.group_size))
+
+        # 4 Choose the policy to optimize: pi^l in phase 1, then pi.
+        if config.internal_layer != "auto":
+            state["internal_layer"] = int(config.internal_layer)
+        elif state["internal_layer"] is None and step <= config.internal_steps:
+            state["internal_layer"] = find_boundary(model, sequences, config.micro_batch_tokens)
+        low, num_layers = state["internal_layer"], len(model.get_decoder().layers)
+        layer = optimized_layer(step, config.internal_steps, low, num_layers)
+
+        # 5 Maximize the clipped surrogate of that policy, one optimizer update per mini-batch.
+        error = sampling_error(model, sequences, completions, config)
+        times.append(time.perf_counter())
+        lr = config.lr * min(1.0, step / config.lr_warmup_steps)
+        updated = update(model, optimizer, sequences, advantages.flatten(), layer, lr, config)
+        times.append(time.perf_counter())
+
+        # 6 Log, evaluate and save.
+        state["step"], updated["sampling_error"] = step, error
+        metrics = dict(step=step, layer=layer)
+        metrics |= describe(completions, rewards, advantages, updated, times)
+        log(out / "metrics.jsonl", metrics)
+        history.append(metrics)
+        if held_out and step % config.eval_every == 0:
+            evaluate_and_log(step, model, tokenizer, held_out, config)
+        if step % config.save_every == 0:
+            save_checkpoint(config, model, tokenizer, optimizer, state)
+        advise(bar, history)
+    if STOP:
+        STOP.append("saving")  # an impatient second Ctrl-C must not lose the checkpoint
+    if config.steps:
+        save_checkpoint(config, model, tokenizer, optimizer, state)
+    if STOP:
+        raise KeyboardInterrupt
+    if held_out and config.steps % config.eval_every:
+        evaluate_and_log(config.steps, model, tokenizer, held_out, config)
+    if config.steps:
+        with whole_folder(out / "model", replace=True) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        command = f"python bupo.py --model {shlex.quote(str(out))} --steps 0"
+        tqdm.write(f"Saved       {out}/model; to evaluate it: {command}")
+    return out
+
+
+def describe(
+    completions: list[Completion],
+    rewards: list[float],
+    advantages: Tensor,
+    updated: dict[str, float],
+    times: list[float],
+) -> dict[str, Any]:
+    """What the log says of a step; entropies: mean over tokens, nats."""
+    began, sampled, updating, ended = times
+    tokens = sum(len(c.ids) for c in completions)
+    entropy = sum(sum(c.entropies) for c in completions) / tokens
+    return dict(
+        reward=fmean(rewards),
+        entropy=entropy,  # of pi
+        layer_entropy=updated.pop("layer_entropy", entropy),  # of pi^l
+        completion_tokens=tokens / len(completions),
+        truncated=fmean(not c.ended for c in completions),
+        zero_std_groups=fmean((advantages == 0).all(-1).tolist()),
+        **updated,
+        rollout_tokens_per_s=tokens / (sampled - began),
+        update_tokens_per_s=tokens / (ended - updating),
+        peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9 or None,
+        seconds=ended - began,
+    )
 
 
 def update(
     model: Model,
-    optimizer: torch.optim.Optimizer,
+    optimizer: "MasterAdamW",
     sequences: Sequences,
     advantages: Tensor,
     layer: int,
+    lr: float,
     config: Config,
-    bfloat16: bool = False,
-) -> dict[str, Any]:
-    """Climb the mean clipped surrogate of pi^layer (Eq. 9; Eq. 3 at l = L), one optimizer update per mini-batch.
+) -> dict[str, float]:
+    """Maximize the mean clipped surrogate of pi^layer, one optimizer update per mini-batch, for C
+    (prompt, completion) pairs, those of a problem side by side, with advantages (C,). The mean
+    (Eq. 9; at l = L, Eq. 3) is over all completion tokens of a mini-batch or (--loss-average
+    sequence) per completion, then over completions, those without advantage included."""
+    model.eval()  # in updates too: with dropout, rho would be a matter of chance
+    internal, size = layer < len(model.get_decoder().layers), config.mini_batch * config.group_size
+    lengths = torch.tensor([len(c) for _, c in sequences], device=model.device)  # (C,)
+    totals = lengths.view(-1, size).sum(-1).repeat_interleave(size)  # (C,), of mini-batches
+    weights = 1 / (totals if config.loss_average == "token" else size * lengths)  # (C,), of tokens
 
-    sequences: (prompt, completion) pairs of token ids, those of a problem side by side; advantages: one number each.
-    A completion whose advantage is 0 has no gradient: its tokens count in the mean, but there is no backward pass. A
-    mini-batch of nothing else makes no update, since momentum and weight decay would turn zeros into one. Returns what
-    the log says.
-    """
-    model.train()
-    size, everyone, signal = config.mini_batch * config.group, range(len(sequences)), (advantages != 0).tolist()
-    plan = []  # (a mini-batch, what of it has an advantage, in micro-batches)
-    for begin in everyone[::size]:
-        mini_batch = everyone[begin : begin + size]
-        if learning := [i for i in mini_batch if signal[i]]:
-            plan.append((mini_batch, micro_batches(sequences, config.micro_tokens, learning)))
-    advantages, internal = advantages.to(model.device), layer < len(model.get_decoder().layers)
-
-    def score(micro: list[int], entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-        """log pi^l of the N completion tokens of a micro-batch (N,), and if asked the entropies of pi^l there (N,)."""
+    def score(micro: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """log pi^l of the N completion tokens of a micro-batch (N,); in phase 1, entropies too."""
         ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
-        norm = config.internal_norm == "final"
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
-            return token_logps(model, ids, mask, layer, norm, config.temperature, config.head_tokens, entropy)
+        norm, recompute = config.internal_norm == "final", config.gradient_checkpointing
+        return token_logps(model, ids, mask, layer, norm, config.temperature, internal, recompute)
 
-    # Before the first update: pi^l_old, in the micro-batches of the updates, so that rho is 1 at first, rounding too.
-    # And of an internal policy the entropy, of all completions; that of pi is known from the rollout.
-    others = [i for i in everyone if not signal[i]] if internal else []
-    old_logps, entropy_sum = {}, 0.0
+    split = partial(micro_batches, sequences, config.micro_batch_tokens)
+    learning = [i for i, a in enumerate(advantages.tolist()) if a != 0]
+    plan = [split(batch) for _, batch in itertools.groupby(learning, lambda i: i // size)]
+    rest = split(sorted({*range(len(sequences))}.difference(learning))) if internal else []
+
+    # pi^l_old is pi^l before the first update. The first mini-batch takes log pi^l_old from its own
+    # forward pass below (rho = 1). The later ones are scored here, before any update. So is what
+    # needs no update, for the entropy of pi^l.
     with torch.no_grad():
-        for micro in itertools.chain(*(m for _, m in plan), micro_batches(sequences, config.micro_tokens, others)):
-            old_logps[tuple(micro)], entropies = score(micro, entropy=internal)
-            entropy_sum += 0.0 if entropies is None else float(entropies.sum())
+        scored = {micro: score(micro) for micro in itertools.chain(*plan[1:], rest)}
 
-    ratios, clipped, first_error = [], [], None  # of the completions that have an advantage
-    grad_norms: list[float] = []
-    for mini_batch, micros in plan:
+    ratios, clipped, grad_norms = [], [], []
+    for micros in plan:
         for micro in micros:
-            old, (logps, _) = old_logps[tuple(micro)], score(micro)  # (N,) each
-            weight, advantage = per_token(sequences, advantages, mini_batch, micro, config.average)  # (N,) each
-            surrogate = clipped_surrogate(logps, old, advantage, config.clip)  # (N,)
+            logps, entropies = score(micro)  # (N,) each
+            if micro not in scored:  # the first mini-batch
+                scored[micro] = logps.detach(), entropies
+            old_logps, _ = scored[micro]  # (N,)
+            chosen = list(micro)
+            weight = weights[chosen].repeat_interleave(lengths[chosen])  # (N,)
+            advantage = advantages.to(weight)[chosen].repeat_interleave(lengths[chosen])  # (N,)
+            surrogate = clipped_surrogate(logps, old_logps, advantage, config.clip)  # (N,)
             (-(weight * surrogate).sum()).backward()
-            ratios.append((logps.detach() - old).exp())  # (N,)
+            ratios.append((logps.detach() - old_logps).exp())  # (N,)
             clipped.append(surrogate.detach() < ratios[-1] * advantage)  # (N,)
-        if not grad_norms:
-            first_error = float((torch.cat(ratios) - 1).abs().max())
-        grad_norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)))
-        if math.isfinite(grad_norms[-1]):
-            optimizer.step()
-        optimizer.zero_grad()  # to None: what lies above `layer` must get no zeros, which AdamW would act upon
-    ratio = torch.cat(ratios) if ratios else torch.ones(1)
-    finite = [norm for norm in grad_norms if math.isfinite(norm)]
-    return dict(
-        clipped=float(torch.cat(clipped).float().mean()) if clipped else 0.0,
-        ratio_mean=float(ratio.mean()),
-        ratio_max=float(ratio.max()),
-        first_ratio_error=first_error,  # max |rho - 1| before the first update: anything but rounding is a bug
-        grad_norm=statistics.fmean(finite) if finite else 0.0,
-        skipped_updates=len(grad_norms) - len(finite),  # for a gradient that was not finite
-        **(dict(layer_entropy=entropy_sum / sum(len(c) for _, c in sequences)) if internal else {}),
-    )
+        grad_norms.append(optimizer.step(lr))
+    metrics = dict(clip_fraction=0.0, ratio_max=1.0, grad_norm=0.0)
+    if plan:
+        metrics["clip_fraction"] = float(torch.cat(clipped).float().mean())
+        metrics["ratio_max"] = float(torch.cat(ratios).max())
+        metrics["grad_norm"] = fmean([x for x in grad_norms if math.isfinite(x)] or [math.nan])
+    if internal:
+        total = sum(float(entropy.sum()) for _, entropy in scored.values() if entropy is not None)
+        metrics["layer_entropy"] = total / int(lengths.sum())
+    return metrics
 
 
-def per_token(
-    sequences: Sequences, advantages: Tensor, mini_batch: range, micro: list[int], average: str
-) -> tuple[Tensor, Tensor]:
-    """For the N completion tokens of a micro-batch: their weights in the mean over its mini-batch, and advantages.
+class MasterAdamW:
+    """AdamW on float32 masters of the weights of a model of any precision: ZeRO-Offload's idea. In
+    bfloat16 a weight is too coarse for a learning rate of 1e-6. So each has a float32 master, with
+    AdamW's moments beside it, on the GPU or the CPU. A micro-batch's gradients go to the masters at
+    once; after a step the weights are the masters, rounded. In float32 on one device a weight is
+    its own master. AdamW's defaults are the paper's settings."""
 
-    The mean is over all tokens of the mini-batch (average 'token'), or per completion and then over completions
-    ('sequence'). Weighted so, gradients do not depend on how a mini-batch is split into micro-batches.
-    """
-    counts = torch.tensor([len(sequences[i][1]) for i in micro], device=advantages.device)  # (B,)
-    weights = 1.0 / (len(mini_batch) * counts)  # (B,)
-    if average == "token":
-        weights = torch.full_like(weights, 1.0 / sum(len(sequences[i][1]) for i in mini_batch))  # (B,)
-    return weights.repeat_interleave(counts), advantages[micro].repeat_interleave(counts)
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, where: str):
+        """`model` has float32 weights, which become the masters, and leaves with `dtype`."""
+        self.weights, self.device = list(model.parameters()), torch.device("cpu")
+        size = sum(weight.numel() for weight in self.weights)
+        if device.type == "cuda" and where != "cpu":
+            memory = torch.cuda.get_device_properties(device).total_memory
+            self.device = device if where == "cuda" or 18 * size <= memory / 2 else self.device
+        self.masters = self.weights
+        if dtype != torch.float32 or device != self.device:
+            self.masters = [nn.Parameter(w.detach().to(self.device)) for w in self.weights]
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                weight.register_post_accumulate_grad_hook(partial(self.take, master))
+        place(model, device, dtype)
+        self.adam = torch.optim.AdamW(self.masters, fused=True)
+        where = f"{dtype} on {device}, masters on {self.device}".replace("torch.", "")
+        tqdm.write(f"Model       {type(model).__name__}, {size / 1e6:.1f} M parameters, {where}")
+
+    @torch.no_grad()
+    def take(self, master: Tensor, weight: Tensor) -> None:
+        """Add the gradient of a weight to that of its master, in float32, and free it."""
+        grad = weight.grad.to(master.device, torch.float32)  # type: ignore[union-attr]
+        master.grad = grad if master.grad is None else master.grad.add_(grad)
+        weight.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float:
+        """Clip the gradient, whose norm is returned, and update masters and weights. What has none,
+        as the blocks above l in phase 1, stays bit-identical; a gradient that is not finite moves
+        nothing."""
+        norm = float(nn.utils.clip_grad_norm_(self.masters, GRAD_CLIP))
+        if math.isfinite(norm):
+            self.adam.param_groups[0]["lr"] = lr
+            self.adam.step()
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                if master is not weight and master.grad is not None:
+                    weight.copy_(master)
+        self.adam.zero_grad()  # to None: zeros would let momentum and weight decay move masters
+        return norm
+
+    def swap(self) -> None:
+        """Exchange the weights and their masters, which are what a checkpoint keeps."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            weight.data, master.data = master.data, weight.data
 
 
-def find_boundary(model: Model, sequences: Sequences, config: Config) -> int:
-    """What `--internal-layer auto` optimises: the boundary layer, by 32 tokens of each of 16 completions."""
+def rollout(
+    model: Model, tokenizer: Tokenizer, asked: list[Problem], config: Config, purpose: str
+) -> tuple[list[Completion], Sequences]:
+    """A completion of each problem from pi, drawn as seed and purpose say; and the ids of both."""
+    prompts = [encode(tokenizer, problem) for problem in asked]
+    ends, stream = end_tokens(model, tokenizer), random_stream(model.device, config.seed, purpose)
+    most, rows = config.max_new_tokens, rollout_rows(model, max(map(len, prompts)), config)
+    completions = sample(model, prompts, most, ends, config.temperature, rows, stream, purpose)
+    return completions, [(p, c.ids) for p, c in zip(prompts, completions, strict=True)]
+
+
+def rollout_rows(model: Model, longest_prompt: int, config: Config) -> int:
+    """--rollout-rows; auto: as many as fit into 90 % of a GPU's free memory (a CPU: 4 GB). A row
+    takes keys and values, a share in reading prompts, and 32 bytes a word of the vocabulary."""
+    if config.rollout_rows != "auto":
+        return int(config.rollout_rows)
+    memory, c = 4e9, model.config
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+        memory = 0.9 * torch.cuda.mem_get_info(model.device)[0]
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim
+    reading = longest_prompt / 8 * (8 * c.hidden_size + 4 * c.intermediate_size)
+    numbers = cache * (longest_prompt + config.max_new_tokens + 16) + reading
+    return max(1, int(memory // (numbers * model.dtype.itemsize + 32 * c.vocab_size)))
+
+
+def random_stream(device: str | torch.device, seed: int, purpose: str) -> torch.Generator:
+    """A generator that seed and purpose determine: nothing to save, and none disturbs another."""
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
+
+
+def find_boundary(model: Model, sequences: Sequences, tokens: int) -> int:
+    """What `--internal-layer auto` means: the boundary layer, by 32 tokens of 16 completions."""
     windows = []
     for n, (prompt, completion) in enumerate(sequences[:: max(1, len(sequences) // 16)][:16]):
-        start = n * max(0, len(completion) - 32) // 15  # n/15 of the way through: early in the first, late in the last
+        start = n * max(0, len(completion) - 32) // 15  # early in the first, late in the last
         windows.append((prompt + completion[:start], completion[start : start + 32]))
-    limits = config.micro_tokens, config.head_tokens
-    profile = entropy_profile(model, windows, True, ("ffn_input", "ffn"), *limits)
-    change = [after - before for after, before in zip(profile["ffn"], profile["ffn_input"], strict=True)]
-    layer, rounded = boundary_layer(change), " ".join(f"{c:+.2f}" for c in change)
-    none = "; none explores, so phase 1 optimises pi itself" if max(change) <= 0 else ""
-    tqdm.write(f"Boundary    layer {layer}{none}; FFN entropy changes from layer 1 on, in nats: {rounded}")
+    change = ffn_entropy_change(model, windows, tokens)
+    layer, rounded = boundary_layer(change), " ".join(f"{value:+.2f}" for value in change)
+    tqdm.write(f"Boundary    layer {layer}; FFN entropy change of each layer, in nats: {rounded}")
     return layer
 
 
 @torch.no_grad()
-def sampling_error(model: Model, sequences: Sequences, completions: list[Completion], config: Config) -> float:
-    """Mean difference in nats between log pi of a token as sampled and as scored: rounding, or a bug. 8 completions."""
-    numbers, errors = range(0, len(sequences), max(1, len(sequences) // 8))[:8], []
-    for micro in micro_batches(sequences, config.micro_tokens, numbers):
-        batch = pad([sequences[i] for i in micro], model.device)  # (B, T) each
-        top, chunk = len(model.get_decoder().layers), config.head_tokens
-        scored, _ = token_logps(model, *batch, top, temperature=config.temperature, head_tokens=chunk)  # (N,)
-        sampled = torch.tensor([logp for i in micro for logp in completions[i].logps])  # (N,)
-        errors.append((scored.cpu() - sampled).abs())
+def sampling_error(
+    model: Model, sequences: Sequences, completions: list[Completion], config: Config
+) -> float:
+    """Mean |log pi as sampled - as scored|, nats, of 8 completions: rounding, or a bug."""
+    num_layers, errors = len(model.get_decoder().layers), []
+    chosen = range(0, len(sequences), max(1, len(sequences) // 8))[:8]
+    for micro in micro_batches(sequences, config.micro_batch_tokens, chosen):
+        ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
+        scored, _ = token_logps(model, ids, mask, num_layers, temperature=config.temperature)
+        sampled = [logp for i in micro for logp in completions[i].logps]  # N
+        errors.append((scored.cpu() - torch.tensor(sampled)).abs())  # (N,)
     return float(torch.cat(errors).mean())
 
 
 def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
-    """The numbers of a step's problems: every problem comes once in each turn through the data, shuffled each time."""
-    return [shuffled(count, f"{seed} turn {i // count}")[i % count] for i in range((step - 1) * size, step * size)]
+    """The indices of a step's problems: all come once in each epoch, in an order of its own."""
+    epoch = cache(lambda n: random.Random(f"{seed} {n}").sample(range(count), count))
+    return [epoch(i // count)[i % count] for i in range((step - 1) * size, step * size)]
 
 
-@functools.lru_cache(maxsize=4)
-def shuffled(count: int, seed: str) -> list[int]:
-    """The numbers 0..count-1 in the order that `seed` gives."""
-    return random.Random(seed).sample(range(count), count)
+# 10 Files and command line ========================================================================
+
+LOGS = "metrics.jsonl", "completions.jsonl"
+STOP: list[Any] = []  # requests to stop: `train` looks at them after each step
 
 
-# Below: the machine, files and words. Nothing of the method.
-
-
-def rollout_metrics(completions: list[Completion], rewards: list[float], advantages: Tensor) -> dict[str, float]:
-    """What the log says of a rollout."""
-    tokens = sum(len(c.ids) for c in completions)
-    entropy = sum(sum(c.entropies) for c in completions) / tokens
-    return dict(
-        reward=statistics.fmean(rewards),
-        entropy=entropy,
-        layer_entropy=entropy,  # if the policy optimised is pi; else `update` has it
-        completion_tokens=tokens / len(completions),
-        truncated=statistics.fmean(not c.ended for c in completions),
-        no_signal=statistics.fmean((advantages == 0).all(-1).tolist()),
-    )
-
-
-@dataclass
-class Run:
-    """What a run works with; a checkpoint keeps the model, the optimizer and the fields of the second block."""
-
-    config: Config
-    out: Path
-    model: Model  # float32 master weights
-    tokenizer: Tokenizer
-    optimizer: torch.optim.Optimizer
-    problems: list[Problem]
-    held_out: list[Problem]
-    num_layers: int
-
-    internal_layer: int | None  # None until `auto` has found it
-    done: int = 0  # steps
-    log_sizes: dict[str, int] = field(default_factory=dict)  # bytes of each log after `done` steps
-
-    actor: Any = None  # what completions are drawn from: the model itself, or its bfloat16 copy
-    whole: bool = True  # False in the middle of a step
-    no_reward_steps: int = 0  # in a row
-    skipped_updates: int = 0  # in a row
-    said: set[str] = field(default_factory=set)
-
-
-def set_up(config: Config, resume: bool) -> Run:
-    """Load, check and prepare everything; nothing is written before everything is checked."""
-    device, bfloat16 = choose_device(config)
-    if origin(config.model) == "tiny" and device.type == "cpu":
-        torch.set_num_threads(1)  # more make so small a model no faster, and on a busy machine many times slower
-    out = run_folder(config, resume)
-    start = checkpoints(out)[-1] if resume and checkpoints(out) else None
-    config.out = str(out)
-    try:
-        model, tokenizer = load_model(str(start or config.model), device, config.seed)
-    except UsageError as error:
-        if start is None:
-            raise
-        raise UsageError(DAMAGED.format(start)) from error
-    num_layers, size = len(model.get_decoder().layers), sum(p.numel() for p in model.parameters()) / 1e6
-    shape = f"{type(model).__name__}, {num_layers} layers, {size:.1f} M weights"
-    print(f"Model       {config.model}: {shape}, {'bfloat16' if bfloat16 else 'float32'} on {device}")
-    check_against_model(config, model, tokenizer)
-    source, most = config.eval_dataset, config.eval_problems
-    held_out = usable_problems(source, most, tokenizer, config) if most else []
-    problems = usable_problems(config.dataset, config.train_problems, tokenizer, config) if config.steps else []
-    betas, decay = (config.beta1, config.beta2), config.weight_decay
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=betas, weight_decay=decay, fused=True)
-    layer: int | None = num_layers  # of plain GRPO
-    if config.internal_steps:
-        layer = None if config.internal_layer == "auto" else int(config.internal_layer)
-    run = Run(config, out, model, tokenizer, optimizer, problems, held_out, num_layers, layer)
-    if start:
-        load_training_state(start, run)
-        if config.steps < run.done:
-            raise UsageError(f"--steps {config.steps} is less than the {run.done} that {start} has done; raise it.")
-        print(f"Resumed     after step {run.done}, from {start}")
-    run_folder(config, resume)  # again: another run may have begun there while this one was loading
-    prepare_folder(out, config, run.log_sizes)
-    if config.model == "tiny" and not start:
-        print(f"Warm-up     {config.warm_up_steps} supervised steps on worked and careless answers")
-        warm_up(model, tokenizer, config.warm_up_steps, config.seed)
-    run.actor = bfloat16_copy(model) if bfloat16 else model
-    if config.recompute:
-        recompute_activations(model)
-    return run
-
-
-def evaluate_run(run: Run) -> None:
-    """Evaluate on the held-out problems, if there are any, log it and say it."""
-    if not run.held_out:
-        return
-    c = run.config
-    draws = c.eval_k, c.max_completion, c.eval_temperature, c.rows, c.seed, c.thinking
-    metrics, samples = evaluate(run.actor, run.tokenizer, run.held_out, *draws)
-    log(run.out / "metrics.jsonl", dict(step=run.done, **metrics))
-    for problem, completion, reward in samples[: 8 * c.eval_k : c.eval_k]:  # one of each of the first eight problems
-        asked = dict(messages=problem.messages, answer=problem.answer)
-        ids = dict(prompt_ids=encode(run.tokenizer, problem, c.thinking), ids=completion.ids)
-        text = dict(completion=decode(run.tokenizer, completion), ended=completion.ended, reward=reward)
-        log(run.out / "completions.jsonl", dict(step=run.done, **asked, **text, **ids))
-    average, error, passed = metrics["eval_avg"], metrics["eval_se"], metrics["eval_pass"][-1]
-    known = "" if error is None else f" (standard error {error:.1%})"
-    score = f"avg@{c.eval_k} {average:.1%}{known}, pass@{c.eval_k} {passed:.1%}"
-    tqdm.write(f"Evaluation  step {run.done}: {score}, {len(run.held_out)} held-out problems")
-
-
-def choose_device(config: Config) -> tuple[torch.device, bool]:
-    """The device, and whether to compute in bfloat16."""
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a growing cache would leave holes
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, so at each decoding step
-    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used ({first_line(error)}); give cpu or auto.") from error
-    return device, config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
-
-
-def bfloat16_copy(model: Model) -> Model:
-    """A copy with bfloat16 parameters; buffers stay, since rotary frequencies need float32."""
-    actor = copy.deepcopy(model)
-    for parameter in actor.parameters():
-        parameter.data = parameter.data.bfloat16()
-    return actor
-
-
-@torch.no_grad()
-def refresh(actor: Model, model: Model) -> None:
-    """Bring the bfloat16 copy up to date with the float32 master weights."""
-    for low, master in zip(actor.parameters(), model.parameters(), strict=True):
-        low.copy_(master)
-
-
-def recompute_activations(model: Model) -> None:
-    """Activation checkpointing while training, under the name that this release of transformers has for it."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_enable()
-
-
-@contextlib.contextmanager
-def finish_first() -> Iterator[None]:
-    """Inside this context Ctrl-C and SIGTERM wait for its end; a second one does not."""
-    asked: list[int] = []
-
-    def wait(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
-        yield
-        return
-    before = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if asked:
+def ask_to_stop(number: int, frame: Any) -> None:
+    """The first Ctrl-C, SIGTERM or SIGHUP lets the step finish; the second one interrupts it."""
+    STOP.append(number)
+    if len(STOP) == 2:
         raise KeyboardInterrupt
 
 
-def check_against_model(config: Config, model: Model, tokenizer: Tokenizer) -> None:
-    """Refuse what only the loaded model can tell: a layer it lacks, lengths it cannot take."""
+class Outlet:
+    """A stream whose reader may go away (a pipe, a terminal): that is a request to stop, too."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        """Write at once; into nothing, if nobody reads."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            STOP.append("nobody reads")
+            with contextlib.suppress(OSError):  # it may be no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
+    """The device and the precision to compute in."""
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = name if config.device == "auto" else config.device
+    with explain(f"--device {name} cannot be used", "give cpu, cuda, cuda:N or auto"):
+        device = torch.device(name)
+        torch.Generator(device)  # meta has none
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape: each step
+    if config.preset == "tiny":
+        torch.set_num_threads(1)  # more make so small a model slower
+    if config.optimizer_device == "cuda" and device.type == "cpu":
+        raise UsageError("--optimizer-device cuda needs --device cuda; give auto.")
+    low = config.precision == "bfloat16" or (config.precision == "auto" and native)
+    return device, torch.bfloat16 if low else torch.float32
+
+
+def usable_problems(
+    config: Config, model: Model, tokenizer: Tokenizer
+) -> tuple[list[Problem], list[Problem]]:
+    """Held-out and training problems with short prompts; refuses what the model cannot take."""
     num_layers = len(model.get_decoder().layers)
-    if len(tokenizer) > len(model.get_input_embeddings().weight):  # type: ignore[arg-type]
-        raise UsageError(f"The tokenizer of {config.model} has more tokens than its model; give a folder with both.")
-    if config.internal_layer != "auto" and not 1 <= int(config.internal_layer) <= num_layers:
-        raise UsageError(
-            f"--internal-layer must be 1 to {num_layers} for {config.model}, or auto, not {config.internal_layer}."
-        )
-    for name in ("max_position_embeddings", "sliding_window"):
-        most = getattr(model.config, name, None) or math.inf
-        if config.max_prompt + config.max_completion > most:
-            raise UsageError(
-                f"--max-prompt plus --max-completion must be at most {most}, the {name} of {config.model}."
-            )
-    if tokenizer.chat_template is None:
-        print("Prompts     the model has no chat template: problems are given to it as plain text")
+    if config.internal_layer != "auto" and int(config.internal_layer) > num_layers:
+        raise UsageError(f"--internal-layer must be auto or 1 to {num_layers} for this model.")
+    limits = ["max_position_embeddings", "sliding_window"]
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond this length its rotary embeddings are others
+        limits.append("original_max_position_embeddings")
+    for name in limits:
+        most = getattr(model.config, name, None) or rope.get(name) or math.inf
+        if config.max_prompt_tokens + config.max_new_tokens > most:
+            both = "--max-prompt-tokens plus --max-new-tokens"
+            raise UsageError(f"{both} must be at most {most}, the {name} of this model.")
+
+    def fits(problem: Problem) -> bool:
+        return len(encode(tokenizer, problem)) <= config.max_prompt_tokens
+
+    held_out = load_problems(config.eval_dataset, config.eval_problems, config.system, fits)
+    some = None if config.steps else 0
+    return held_out, load_problems(config.dataset, some, config.system, fits)
 
 
-def usable_problems(source: str, limit: int, tokenizer: Tokenizer, config: Config) -> list[Problem]:
-    """The problems whose prompts have at most --max-prompt tokens; the others are counted, not cut."""
-    problems = load_problems(source, limit, config.system)
-    try:
-        fitting = [p for p in problems if len(encode(tokenizer, p, config.thinking)) <= config.max_prompt]
-    except jinja2.TemplateError as error:
-        mend = 'give other messages, or no system message with --system ""'
-        refused = f"The chat template of {config.model} refuses {source} ({first_line(error)})"
-        raise UsageError(f"{refused}; {mend}.") from error
-    if not fitting:
-        raise UsageError(f"All prompts of {source} have more than {config.max_prompt} tokens; raise --max-prompt.")
-    if len(fitting) < len(problems):
-        print(f"Problems    {len(problems) - len(fitting)} dropped, of more than {config.max_prompt} tokens")
-    return fitting
-
-
-def run_folder(config: Config, resume: bool) -> Path:
-    """The folder of the run. One that holds anything is never written to, but to resume it."""
+def run_folder(config: Config, resume: bool) -> tuple[Path, Path | None]:
+    """The folder of the run and the checkpoint to resume it from; nothing is written yet."""
     name = Path(config.model).name + time.strftime("-%Y%m%d-%H%M%S")
-    out = Path(config.out) if config.out else Path("runs", name)
+    out = Path(config.out or Path("runs", name)).expanduser()
+    config.out, found = str(out), checkpoints(out)
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(
-            f"{out} is there already and stays as it is; go on with --resume {out}, or give another --out."
-        )
-    return out
+        raise UsageError(f"{out} is there already; --resume it, or give another --out.")
+    if resume and not found and ((out / LOGS[0]).exists() or (out / "model").exists()):
+        raise UsageError(f"{out} has no checkpoint to resume from; start anew with --model {out}.")
+    if found and config.steps < int(found[-1].name[11:]):
+        raise UsageError(f"--steps {config.steps} is less than {found[-1]} has; raise it.")
+    return out, found[-1] if found else None
 
 
-LOGS = ("metrics.jsonl", "completions.jsonl")
-
-
-def prepare_folder(out: Path, config: Config, log_sizes: dict[str, int]) -> None:
-    """Write the settings, and cut the logs back to what they were at the checkpoint."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for file in (out / name for name in LOGS):
-            if file.exists():
-                os.truncate(file, log_sizes.get(file.name, 0))
-        settings = out / ".config.json"
-        settings.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-        settings.replace(out / "config.json")  # at no moment is there half a file
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            (out / ".config.json").unlink()  # half a file, which would keep the next run out
-        raise UsageError(f"{out} cannot be written ({error.strerror}); give another --out.") from error
-
-
-def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` fill a folder, whole or not at all: under a temporary name, on disk, then renamed."""
+@contextlib.contextmanager
+def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, which gets its name at the end of this context: whole, or not at all."""
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        write(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
+    with explain(f"{folder} cannot be written", "make room, or give another --out"):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for file in temporary.iterdir():
                 with open(file, "r+b") as written:
                     os.fsync(written.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch.save has RuntimeError for a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
-        mend = f"make room, then go on with --resume {folder.parent}"
-        raise UsageError(f"{folder} cannot be written ({first_line(error)}); {mend}.") from error
+            if replace:
+                shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)  # fails if there is one that is not empty: no two runs share
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_model(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write model and tokenizer in the Hugging Face layout, in the model's own number format."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def write_config(out: Path, config: Config, resume: bool) -> None:
+    """Write config.json, never half of it: into a new folder, or over that of the run to resume."""
+    with contextlib.nullcontext(out) if resume else whole_folder(out) as folder:
+        text = json.dumps(asdict(config), indent=2) + "\n"
+        (folder / ".config.json").write_text(text, encoding="utf-8")
+        (folder / ".config.json").replace(folder / "config.json")
 
 
-def save_checkpoint(run: Run) -> None:
-    """Write checkpoint-STEP, which --resume goes on from and --model loads; remove all but the last `keep`."""
-
-    def write(folder: Path) -> None:
-        save_model(run.model, run.tokenizer, folder)
-        state = dict(done=run.done, internal_layer=run.internal_layer, log_sizes=run.log_sizes)
-        torch.save(dict(**state, optimizer=run.optimizer.state_dict()), folder / "training.pt")
-
-    folder = run.out / f"checkpoint-{run.done}"
-    if not folder.exists():
-        write_folder(folder, write)
-    for old in checkpoints(run.out)[: -run.config.keep] if run.config.keep else []:
+def save_checkpoint(
+    config: Config, model: Model, tokenizer: Tokenizer, optimizer: MasterAdamW, state: dict
+) -> None:
+    """Write checkpoint-STEP, with the masters, for --resume and --model; remove all but --keep."""
+    out = Path(config.out)
+    if not (out / f"checkpoint-{state['step']}").exists():
+        sizes = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
+        saved = dict(state, sizes=sizes, adam=optimizer.adam.state_dict())
+        with whole_folder(out / f"checkpoint-{state['step']}") as folder:
+            optimizer.swap()
+            try:
+                model.save_pretrained(folder, max_shard_size="1TB")
+            finally:
+                optimizer.swap()
+            tokenizer.save_pretrained(folder)
+            torch.save(saved, folder / "training.pt")
+    for old in checkpoints(out)[: -config.keep] if config.keep else []:
         shutil.rmtree(old)
 
 
-DAMAGED = "The checkpoint {} is damaged or of another model; remove it, and --resume goes on from the one before."
-
-
-def load_training_state(folder: Path, run: Run) -> None:
-    """Restore what `save_checkpoint` wrote beside the model."""
-    try:
-        state = torch.load(folder / "training.pt", map_location=run.model.device, weights_only=True)
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.done, run.internal_layer, run.log_sizes = state["done"], state["internal_layer"], state["log_sizes"]
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        if out_of_memory(error):
-            raise
-        raise UsageError(DAMAGED.format(folder)) from error
+def load_checkpoint(start: Path | None, optimizer: MasterAdamW) -> dict[str, Any]:
+    """The state of the run at the start; restores AdamW's moments and cuts the logs back."""
+    if start is None:
+        return dict(step=0, internal_layer=None)
+    fix = "remove this checkpoint, and --resume continues from the one before"
+    with explain(f"The checkpoint {start} is damaged or of another model", fix):
+        state = torch.load(start / "training.pt", optimizer.device, weights_only=True)
+        optimizer.adam.load_state_dict(state.pop("adam"))
+        sizes, step = state.pop("sizes"), state["step"]
+    for file in (start.parent / name for name in LOGS):
+        if file.exists() and file.stat().st_size > sizes.get(file.name, 0):
+            os.truncate(file, sizes.get(file.name, 0))
+    tqdm.write(f"Resumed     after step {step}, from {start}")
+    return state
 
 
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    numbers = {folder: folder.name.rpartition("-")[2] for folder in out.glob("checkpoint-*")}
-    return sorted((f for f in numbers if numbers[f].isdecimal()), key=lambda folder: int(numbers[folder]))
+    found = [folder for folder in out.glob("checkpoint-*") if folder.name[11:].isdecimal()]
+    return sorted(found, key=lambda folder: int(folder.name[11:]))
 
 
-def log(file: Path, record: dict) -> None:
-    """Append one JSON object as a line."""
-    try:
-        with open(file, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record) + "\n")
-            lines.flush()
-            os.fsync(lines.fileno())
-    except OSError as error:
-        mend = f"make room, then go on with --resume {file.parent}"
-        raise UsageError(f"{file} cannot be written ({first_line(error)}); {mend}.") from error
+def log(file: Path, record: dict[str, Any]) -> None:
+    """Append a record to a file, as a line of JSON; what is not finite becomes null."""
+    finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    with open(file, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(finite) + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
 
 
-def to_evaluate(config: Config) -> str:
-    """The flags that evaluate a finished run again: those that matter, if they are not the defaults."""
-    flags, default = ["--model", config.out, "--steps", "0"], Config(model=config.model)
-    of_evaluation = ("eval_dataset", "eval_problems", "eval_k", "eval_temperature", "max_prompt", "max_completion")
-    for name in (*of_evaluation, "system", "seed", "rows", "device", "precision"):
-        if getattr(config, name) != getattr(default, name):
-            flags += [flag(name), str(getattr(config, name))]
-    return shlex.join(flags + ["--thinking"] * config.thinking)
-
-
-def say_phase(step: int, layer: int, run: Run) -> None:
-    """Say which policy is optimised from this step on."""
-    low = f"the internal policy of layer {layer} of {run.num_layers}"
-    name = low if layer < run.num_layers else "the policy pi (GRPO)"
-    tqdm.write(f"Phase       {1 + (step > run.config.internal_steps)}, from step {step}: optimises {name}")
-
-
-def say_completion(problem: Problem, text: str, reward: float) -> None:
-    """Show a question, what the model made of it, and its reward."""
-    question, text = (" ".join(t.split()) for t in (problem.messages[-1]["content"], text))
-    text = text if len(text) < 300 else f"{text[:150]} ... {text[-150:]}"
-    tqdm.write(f"Completion  {question[:150]} -> {text}  [answer {problem.answer}, reward {reward:.0f}]")
-
-
-def say_step(bar: tqdm, metrics: dict, run: Run) -> None:
-    """Move the bar, say once what a user should know, and stop after ten updates in a row without a finite gradient."""
-    phase, numbers = 1 + (metrics["step"] > run.config.internal_steps), ("reward", "completion_tokens", "entropy")
-    bar.set_postfix(phase=phase, **{name.partition("_")[0]: f"{metrics[name]:.3g}" for name in numbers})
-    bar.update()
-    run.no_reward_steps = 0 if metrics["reward"] else run.no_reward_steps + 1
-    for sentence in advice(metrics, run.no_reward_steps) - run.said:
-        run.said.add(sentence)
-        tqdm.write(f"Note        {sentence} (step {metrics['step']})")
-    run.skipped_updates = 0 if metrics["grad_norm"] else run.skipped_updates + metrics["skipped_updates"]
-    if run.skipped_updates >= 10:
-        save_checkpoint(run)
-        mend = f"start anew, from --model {checkpoints(run.out)[-1]}, with a lower --lr or --precision float32"
-        raise UsageError(f"Ten updates in a row had no finite gradient; {mend}.")
-
-
-def advice(metrics: dict, no_reward_steps: int) -> set[str]:
-    """What a user should know about a step, and what to do."""
-    wrong_ratio = (metrics["first_ratio_error"] or 0.0) > 0.05
-    notes = [
-        (no_reward_steps >= 20, "no reward in 20 steps: read completions.jsonl; are answers boxed, problems too hard?"),
-        (metrics["truncated"] > 0.5, "most completions are cut off: raise --max-completion"),
-        (metrics["no_signal"] > 0.8, "most groups have equal rewards: raise --group, or change --dataset"),
-        (metrics["entropy"] < 0.02, "the entropy is nearly 0, nothing is left to explore: lower --lr or stop earlier"),
-        (wrong_ratio, "the ratio is not 1 before the first update: please report this bug"),
-        (metrics["sampling_error"] > 0.1, "what is sampled is not what is scored: please report this bug"),
-    ]
-    return {sentence for true, sentence in notes if true}
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line of at most 200 characters."""
-    return str(error).strip().partition("\n")[0].rstrip(".")[:200]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, the GPU's or the machine's: torch, CUDA and its libraries say it in their own ways."""
-    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)))
-
-
-def peak_memory_gb(device: torch.device) -> float | None:
-    """Peak memory of the run so far, in GB: allocated on the GPU, else resident; None where no one tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-# 10 Command line ======================================================================================================
-
-# What --resume may change; the last four, for the sake of memory, change only rounding and the order of random draws.
-MAY_CHANGE = ("steps", "save_every", "keep", "rows", "micro_tokens", "head_tokens", "recompute")
+def advise(bar: tqdm, history: list[dict[str, Any]]) -> None:
+    """Show the last step on the bar, say once what to do about it, end a run that cannot learn."""
+    last, note = history[-1], ""
+    bar.set_postfix({name: last[name] for name in ("layer", "reward", "completion_tokens")})
+    if len(history) >= 20 and not any(step["reward"] for step in history[-20:]):
+        note = "no reward in 20 steps: are answers boxed, problems too hard? See completions.jsonl"
+    elif last["truncated"] > 0.5:
+        note = "most completions are cut off: raise --max-new-tokens"
+    elif last["entropy"] < 0.02:
+        note = "the entropy is nearly 0, nothing is left to explore: lower --lr"
+    if note and not any(step.get("note") == note for step in history):
+        tqdm.write(f"Note        {note} (step {last['step']})")
+        last["note"] = note
+    if len(history) >= 10 and all(math.isnan(step["grad_norm"]) for step in history[-10:]):
+        fix = "resume with a lower --lr or --precision float32"
+        raise UsageError(f"Ten steps in a row had no finite gradient; {fix}.")
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
     """The `Config` of a command line, of which every field is a flag, and whether to resume."""
-    parser = argparse.ArgumentParser(description="Bottom-up Policy Optimization; defaults: [built-in model | others].")
+    parser = argparse.ArgumentParser(description="Bottom-up Policy Optimization. [Defaults]")
     for f in fields(Config):
-        defaults = dict.fromkeys(str(f.metadata[column]) for column in ("tiny", "other"))  # once, if they are the same
-        choices = f"{', '.join(f.metadata['choices'])}: " if f.metadata["choices"] else ""
-        text = f"{choices}{f.metadata['help']} [{' | '.join(defaults)}]".replace("%", "%%")
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="")
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
-    parser.add_argument("--resume", metavar="", help="folder of a run to go on with, from its last checkpoint")
+        default = f"{f.default} | tiny: {TINY[f.name]}" if f.name in TINY else f.default
+        choices = ": " + " or ".join(f.metadata["choices"]) if "choices" in f.metadata else ""
+        text = f"{f.metadata['help']}{choices} [{default}]".replace("%", "%%")
+        name = "--" + f.name.replace("_", "-")
+        kind: Any = dict(type=f.type, metavar="")
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
+    parser.add_argument("--resume", metavar="", help="folder of a run; flags given change it")
     given = vars(parser.parse_args(arguments))
     folder = given.pop("resume")
     if folder is None:
-        return Config(**given), False
-    try:
-        saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-        saved = {f.name: saved[f.name] for f in fields(Config)}
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"There is no run to resume in {folder}; name the folder that --out named.") from error
-    for name in given:
-        if given[name] != saved.get(name) and name not in MAY_CHANGE:
-            allowed = ", ".join(map(flag, MAY_CHANGE))
-            raise UsageError(f"{flag(name)} cannot change in a resumed run, only {allowed} can; start a new run.")
-    return Config(**{**saved, **given, "out": folder}), True
+        return configure(**given), False
+    return Config(**{**read_config(folder), **given, "out": folder}), True
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0; 2 with one sentence for what the user can mend; 130 after Ctrl-C or SIGTERM."""
+    """Exit code 0; 2 with one sentence for what the user can fix; 130 after a request to stop."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    STOP.clear()
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, ask_to_stop)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # no letter of a completion may end a run, whatever the terminal knows
-    config = None
+            stream.reconfigure(errors="replace")  # whatever letters the terminal lacks
+    out, err, config = Outlet(sys.stdout), Outlet(sys.stderr), None
     try:
-        config, resume = parse(arguments)
-        train(config, resume)
-    except UsageError as error:
-        print(f"bupo.py: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        flags = "--rows, --micro-tokens or --head-tokens"
-        print(f"bupo.py: out of memory; lower {flags}{how_to_go_on(config)}.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nbupo.py: stopped{how_to_go_on(config)}.", file=sys.stderr)
-        return 130
-    return 0
-
-
-def how_to_go_on(config: Config | None) -> str:
-    """The end of a sentence about a run that stopped: how to resume it, if it can be."""
-    begun = config and config.steps and config.out and Path(config.out, "config.json").exists()
-    return f"; go on with --resume {config.out}" if config and begun else ""
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # type: ignore
+            config, resume = parse(arguments)
+            train(config, resume)
+        return 0
+    except (UsageError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        said = "stopped" if stopped else str(error).rstrip(".")
+        if out_of_memory(error):
+            said = "out of memory; lower --rollout-rows or --micro-batch-tokens"
+        elif isinstance(error, RuntimeError):
+            raise  # a bug
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        if config and os.path.exists(config.out) and checkpoints(Path(config.out)):
+            said += f"; resume with --resume {config.out}" * ("--resume" not in said)
+        print(f"bupo.py: {said}.", file=sys.stderr)
+    return 130 if stopped else 2
 
 
 if __name__ == "__main__":

@@ -1,76 +1,83 @@
-"""What bupo.py is measured against: the authors' way to update, and transformers' ways to sample."""
+"""What bupo.py is measured against: the authors' update, transformers' sampling, TRL's trainer."""
 
+import itertools
 import sys
+import tempfile
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import bupo
 
+DEVICE, DTYPE = bupo.choose_device(bupo.Config())
+GPU = DEVICE.type == "cuda"
 
-def authors_logps(model: bupo.Model, ids: Tensor, mask: Tensor, layer: int, temperature: float) -> Tensor:
-    """log pi^l as the authors' code gets it: all blocks, all hidden states, both matrices of logits, every token."""
+
+def plain_model(folder: str, dtype: torch.dtype) -> Any:
+    """The model as transformers has it, without a checkpoint's top-k and top-p."""
+    how = dict(dtype=dtype, attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how).to(DEVICE)
+    model.generation_config = transformers.GenerationConfig()
+    return model.eval()
+
+
+def authors_logps(model, ids: Tensor, mask: Tensor, layer: int, temperature: float) -> Tensor:
+    """log pi^l (N,) as in their code: all blocks, all hidden states, both full logit matrices."""
     out = model(input_ids=ids, use_cache=False, output_hidden_states=True)
-    internal = model.get_output_embeddings()(model.get_decoder().norm(out.hidden_states[layer]))  # (B, T, V)
-    both = [logits.float() / temperature for logits in (out.logits, internal)]  # pi's are made and not used
+    internal = bupo.policy_logits(model, out.hidden_states[layer])  # (B, T, V)
+    both = [logits.float() / temperature for logits in (out.logits, internal)]  # pi's go unused
     logps = both[1][:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]  # (B, T-1)
-    return logps[mask[:, 1:]]  # (N,)
+    return logps[mask[:, 1:]]
 
 
-def authors_update(model, optimizer, sequences, advantages, layer: int, config: bupo.Config, bfloat16: bool) -> None:
-    """`bupo.update` the authors' way, with the same mini-batches and micro-batches."""
-    model.train()
-    size = config.mini_batch * config.group
-    autocast, old = torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16), {}
-    for begin in range(0, len(sequences), size):
-        for micro in bupo.micro_batches(sequences[begin : begin + size], config.micro_tokens):
-            with torch.no_grad(), autocast:
-                batch = bupo.pad([sequences[begin + i] for i in micro], model.device)
-                old[begin, tuple(micro)] = authors_logps(model, *batch, layer, config.temperature)
-    for begin in range(0, len(sequences), size):
-        tokens = sum(len(completion) for _, completion in sequences[begin : begin + size])
-        for micro in bupo.micro_batches(sequences[begin : begin + size], config.micro_tokens):
-            chosen = [begin + i for i in micro]
-            counts = torch.tensor([len(sequences[i][1]) for i in chosen])  # (B,)
-            advantage = advantages[chosen].repeat_interleave(counts).to(model.device)  # (N,)
-            with autocast:
-                batch = bupo.pad([sequences[i] for i in chosen], model.device)
-                logps = authors_logps(model, *batch, layer, config.temperature)
-            surrogate = bupo.clipped_surrogate(logps, old[begin, tuple(micro)], advantage, config.clip)
-            (-surrogate.sum() / tokens).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+def authors_update(model, optimizer, sequences, advantages, layer, lr, config) -> None:
+    """`bupo.update` their way, with the same mini-batches, each of which fits a micro-batch."""
+    size = config.mini_batch * config.group_size
+    parts = [range(i, i + size) for i in range(0, len(sequences), size)]
+    batches = [bupo.pad([sequences[i] for i in part], model.device) for part in parts]
+    with torch.no_grad():
+        old = [authors_logps(model, *batch, layer, config.temperature) for batch in batches]
+    for part, (ids, mask), old_logps in zip(parts, batches, old, strict=True):
+        logps = authors_logps(model, ids, mask, layer, config.temperature)
+        advantage = advantages[list(part)].to(model.device).repeat_interleave(mask.sum(-1))
+        (-bupo.clipped_surrogate(logps, old_logps, advantage, config.clip).mean()).backward()
+        optimizer.step(lr)
 
 
-def by_generate(model, prompts, lengths, cache: str) -> list[int]:
-    """`model.generate`, left-padded, which goes on until the longest row is done."""
+def by_generate(model, prompts: list[list[int]], lengths: list[int], cache: str) -> list[int]:
+    """`model.generate`, left-padded, which continues until the longest row is done."""
     width, limits = max(map(len, prompts)), torch.tensor(lengths, device=model.device)
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)  # (n, T)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    done = transformers.StoppingCriteriaList([lambda ids, scores, **_: ids.shape[1] - width >= limits])
-    how = dict(do_sample=True, top_k=0, top_p=1.0, pad_token_id=0, max_new_tokens=max(lengths))
-    how |= dict(cache_implementation="static", disable_compile=model.device.type == "cpu") if cache == "static" else {}
-    out = model.generate(ids, attention_mask=mask, stopping_criteria=done, **how)  # (n, T + new)
+    rows = [([0] * (width - len(p)) + p, [0] * (width - len(p)) + [1] * len(p)) for p in prompts]
+    ids, mask = torch.tensor(rows, device=model.device).unbind(1)  # (n, T) each
+    stop = [lambda ids, scores, **_: ids.shape[1] - width >= limits]
+    how = dict(attention_mask=mask, stopping_criteria=transformers.StoppingCriteriaList(stop))
+    if cache == "static":
+        how |= dict(cache_implementation="static", disable_compile=not GPU)
+    draw = dict(do_sample=True, top_k=0, top_p=1.0, pad_token_id=0, max_new_tokens=max(lengths))
+    out = model.generate(ids, **how, **draw)  # (n, T + new)
     return [min(n, out.shape[1] - width) for n in lengths]
 
 
-def by_continuous_batching(model, prompts, lengths) -> list[int]:
-    """transformers' continuous batching, with a cache that holds every sequence; 60 % of memory is its default."""
-    total = sum(map(len, prompts)) + sum(lengths)
-    small = dict(page_size=64, num_blocks=total // 64 + 2 * len(prompts), max_batch_tokens=512)
-    cache = small if model.device.type == "cpu" else dict(max_memory_percent=0.5)
-    how = transformers.ContinuousBatchingConfig(**cache)
-    draws = transformers.GenerationConfig(do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
-    hints = dict(generation_config=draws, continuous_batching_config=how)
+def by_continuous_batching(model, prompts: list[list[int]], lengths: list[int]) -> list[int]:
+    """The engine of `generate_batch`, which takes no length for each row, but here one can.
+
+    On a CPU its cache is as large as all sequences: its default is most of the memory.
+    """
+    blocks = (sum(map(len, prompts)) + sum(lengths)) // 64 + 2 * len(prompts)
+    small = dict(page_size=64, num_blocks=blocks, max_batch_tokens=512)
+    cache = dict(max_memory_percent=0.5) if GPU else small
+    draw = dict(do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
+    how = dict(generation_config=transformers.GenerationConfig(**draw))
+    how["continuous_batching_config"] = transformers.ContinuousBatchingConfig(**cache)
     got = {}
-    with model.continuous_batching_context_manager(**hints) as manager:
-        asked = zip(prompts, lengths, strict=True)
-        names = [manager.add_request(prompt, max_new_tokens=n, eos_token_id=-1) for prompt, n in asked]
+    with model.continuous_batching_context_manager(**how) as manager:
+        asked = [dict(max_new_tokens=n, eos_token_id=-1) for n in lengths]
+        names = [manager.add_request(p, **a) for p, a in zip(prompts, asked, strict=True)]
         while len(got) < len(prompts):
             result = manager.get_result(timeout=1)
             if result is not None and result.is_finished():
@@ -78,3 +85,60 @@ def by_continuous_batching(model, prompts, lengths) -> list[int]:
             elif not manager.is_running():
                 raise RuntimeError("Continuous batching stopped by itself.")
     return [got[name] for name in names]
+
+
+def bupo_steps(turn: Any, s: dict[str, Any]) -> None:
+    """Steps of `bupo.train` as plain GRPO. Rewards are 0, 1, 0, 1, ..., and no token is an end."""
+    rewards, draw = itertools.cycle((0.0, 1.0)), bupo.problems_of_step
+    bupo.problems_of_step = lambda *given: turn.begin() or draw(*given)
+    bupo.log = lambda file, record: turn.end() or record
+    bupo.load_problems = lambda *_, **__: [bupo.Problem(*p) for p in s["problems"]]
+    bupo.math_reward, bupo.end_tokens = lambda *_: next(rewards), lambda *_: set()
+    bupo.save_checkpoint = lambda *_: None
+    size = {name: s[name] for name in ("prompts_per_step", "group_size", "mini_batch", "steps")}
+    size |= dict(max_new_tokens=s["tokens"], max_prompt_tokens=256)
+    how = dict(internal_steps=0, eval_problems=0, gradient_checkpointing=False)
+    with tempfile.TemporaryDirectory() as out:
+        bupo.train(bupo.Config(s["model"], **size, **how, out=out))
+
+
+def trl_steps(turn: Any, s: dict[str, Any], continuous: bool) -> None:
+    """The same steps by TRL's GRPOTrainer, with its own generation or continuous batching."""
+    import datasets
+    import trl
+
+    updates = s["prompts_per_step"] // s["mini_batch"]
+    generation: dict[str, Any] = dict(generation_kwargs=dict(min_new_tokens=s["tokens"]))
+    if continuous:  # it takes no minimum, so no token is the end; its default cache is too large
+        cache = {} if GPU else dict(num_blocks=128, page_size=64, max_batch_tokens=512)
+        generation = dict(generation_kwargs=dict(eos_token_id=-1))
+        generation["use_transformers_continuous_batching"] = True
+        generation["transformers_continuous_batching_config"] = cache
+
+    def rewards(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        if any(len(ids) != s["tokens"] for ids in completion_ids):
+            raise RuntimeError("TRL gave completions of other lengths than asked for.")
+        return [float(i % 2) for i in range(len(completion_ids))]
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            return None if state.global_step % updates else turn.begin()
+
+        def on_step_end(self, args, state, control, **_):
+            return None if state.global_step % updates else turn.end()
+
+    size = dict(num_generations=s["group_size"], max_completion_length=s["tokens"])
+    size |= dict(steps_per_generation=updates, max_steps=updates * s["steps"])
+    size["per_device_train_batch_size"] = s["mini_batch"] * s["group_size"]
+    method = dict(beta=0.0, loss_type="bnpo", top_k=0, learning_rate=1e-6)  # as ours
+    how = dict(gradient_checkpointing=False, bf16=DTYPE.itemsize == 2, use_cpu=not GPU)
+    quiet = dict(save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True)
+    with tempfile.TemporaryDirectory() as out:
+        trl.GRPOTrainer(
+            model=plain_model(s["model"], torch.float32),
+            reward_funcs=rewards,
+            args=trl.GRPOConfig(output_dir=out, **size, **method, **how, **quiet, **generation),
+            train_dataset=datasets.Dataset.from_list([dict(prompt=p) for p, _ in s["problems"]]),
+            processing_class=transformers.AutoTokenizer.from_pretrained(s["model"]),
+            callbacks=[Clock()],
+        ).train()

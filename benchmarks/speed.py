@@ -1,179 +1,198 @@
-"""How fast and how lean bupo.py is: ratios, each measured in one run, beside the least that they could be.
+"""How fast and how lean bupo.py is: ratios, each measured in one run, beside the least they can be.
 
-    python benchmarks/speed.py                                   # with small random models
-    python benchmarks/speed.py --model FOLDER                    # a real model where one matters, such as SmolLM2-135M
-    python benchmarks/speed.py --only phase1 rollouts step growth start --quick
+    python benchmarks/speed.py --model FOLDER          # a real model, such as SmolLM2-135M
+    python benchmarks/speed.py --only step --quick     # does it run? Nothing is written
 
-Whatever is compared runs in turn, A B A B ..., so that a busy machine slows both; a line says the median of the turns'
-ratios and the range (`step`: of its steps; each way runs in a process of its own, one after the other). The floor is
-counted, in operations or bytes, not measured. Lines and seconds also go to results/speed-MACHINE.json. On a GPU all of
-it computes in bfloat16, as bupo.py does. The built-in task and the test suite take too long for this script.
+What is compared works in turn, A B A B ..., so that a busy machine slows both; a line is the median
+of the turns' ratios and their range. A floor is counted, not measured. Lines and values also go to
+results/speed-MACHINE.json. On a GPU all of it computes in bfloat16, as bupo.py does.
 """
 
 import argparse
+import atexit
+import functools
 import gc
 import json
 import math
+import multiprocessing
+import platform
 import random
 import re
+import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from functools import partial
-from importlib import metadata, util
+import time
+from collections.abc import Callable, Iterator
+from importlib import util
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from unittest import mock
 
 import rivals
 import torch
 import transformers
-from measure import BFLOAT16, DEVICE, forget_peak, in_fresh_process, in_turn, line, machine, memory, ratios
-from torch import Tensor
+from rivals import DEVICE, DTYPE, GPU
 
 import bupo
 
-HERE = Path(__file__).parent
-PARTS = ("phase1", "rollouts", "step", "growth", "start")
+SPAWN, MIB = multiprocessing.get_context("spawn"), 2**20
+bupo.tqdm.write = lambda *_: None  # what bupo.py tells would break the table
+BAR = bupo.tqdm
+bupo.tqdm = lambda *given, **how: BAR(*given, **how | dict(disable=True))
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
-# Work =================================================================================================================
+
+def memory(peak: bool = False) -> float:
+    """Bytes in use now, or at most since a `Turn` began: allocated on a GPU, else resident."""
+    if GPU:
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    status, name = Path("/proc/self/status").read_text(), "VmHWM" if peak else "VmRSS"
+    return 1024.0 * int(re.findall(rf"{name}:\s+(\d+)", status)[0])
 
 
-def small_qwen3(layers: int = 8, hidden: int = 256, vocabulary: int = 8192) -> tuple[bupo.Model, bupo.Tokenizer]:
-    """A random Qwen3 in float32, with the tokenizer of the built-in model, whose tokens are the first 102."""
-    _, tokenizer = bupo.tiny_model(0)
-    size = dict(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, vocab_size=vocabulary)
-    heads = dict(num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64, head_dim=32)
-    ends = dict(pad_token_id=0, bos_token_id=None, eos_token_id=1, tie_word_embeddings=True)
+class Turn:
+    """A process that waits to be told before each piece of work, and then tells seconds and peak
+    memory, above what it began with."""
+
+    def __init__(self, pipe: Connection, work: Callable[["Turn"], None]):
+        self.pipe, self.idle = pipe, memory()
+        work(self)
+
+    def begin(self) -> None:
+        try:
+            self.pipe.recv()
+        except EOFError:
+            sys.exit()  # there are no more turns
+        gc.collect()
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+        self.began = time.perf_counter()
+
+    def end(self) -> None:
+        if GPU:
+            torch.cuda.synchronize()
+        self.pipe.send((time.perf_counter() - self.began, memory(peak=True) - self.idle))
+
+    def repeat(self, work: Callable[[], object]) -> None:
+        while True:
+            self.begin()
+            work()
+            self.end()
+
+
+def in_turn(ways: dict[str, Callable[[Turn], None]], turns: int) -> dict[str, list[list[float]]]:
+    """Seconds and peak bytes of each way in each turn, A B A B ..., after one that warms up."""
+    pipes, processes, told = {}, [], {name: [] for name in ways}
+    for name, work in ways.items():
+        pipes[name], theirs = SPAWN.Pipe()
+        processes.append(SPAWN.Process(target=Turn, args=(theirs, work)))
+        processes[-1].start()
+        theirs.close()  # so that a process that fails ends the pipe
+    for _ in range(turns + 1):
+        for name in list(told):
+            try:
+                pipes[name].send("go")
+                told[name].append(pipes[name].recv())
+            except (EOFError, OSError):
+                print(f"{name} failed; its error stands above")
+                del told[name]
+    for pipe, process in zip(pipes.values(), processes, strict=True):
+        pipe.close()
+        process.join()
+    return {name: list(map(list, zip(*found[1:], strict=True))) for name, found in told.items()}
+
+
+def compare(title: str, told: dict, above: str, below: str, floors: Any = None) -> Iterator[dict]:
+    """Lines of one way's time and peak memory divided by another's, turn by turn."""
+    for i, what in enumerate(("time", "peak memory") if {above, below} <= set(told) else ()):
+        found = [a / b for a, b in zip(told[above][i], told[below][i], strict=True)]
+        over = (
+            f"floor {floors[i]:.3f}, {statistics.median(found) / floors[i]:.2f} x" if floors else ""
+        )
+        yield line(f"{title}: {above} / {below}, {what}", found, "x", over)
+
+
+def line(what: str, values: list[float], unit: str, remark: str = "") -> dict[str, Any]:
+    """Print a line of the table, the median of the values and their range, and return it."""
+    median, *ends = (f"{f(values):.3g}" for f in (statistics.median, min, max))
+    spread = "-".join(ends) if len(values) > 1 else ""
+    print(f"{what:64}{median:>8} {unit:9}{spread:13} {remark}", flush=True)
+    return dict(what=what, median=statistics.median(values), unit=unit, values=values)
+
+
+def small_qwen3(layers: int = 8, hidden: int = 256, vocabulary: int = 8192) -> str:
+    """The folder of a random Qwen3 with the built-in tokenizer, whose tokens are its first 102."""
+    size = dict(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers)
+    size |= dict(num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64, head_dim=32)
+    size |= dict(vocab_size=vocabulary, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)
     torch.manual_seed(0)
-    model = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(**size, **heads, **ends, max_position_embeddings=4096)
-    )
-    return model.to(DEVICE).eval(), tokenizer
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    config = transformers.Qwen3Config(**size, bos_token_id=None)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+    bupo.tiny_model(0)[1].save_pretrained(folder)
+    return folder
 
 
-def load(which: dict) -> tuple[bupo.Model, bupo.Tokenizer]:
-    """`which`: dict(folder=...) of a real model, or the sizes of a small Qwen3."""
-    return bupo.load_model(which["folder"], DEVICE) if "folder" in which else small_qwen3(**which)
+def machine() -> dict[str, Any]:
+    """Its name, and what runs on it."""
+    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = re.findall(r"model name\s*: (.+)", about) or [platform.processor()]
+    versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+    name = torch.cuda.get_device_name() if GPU else cpu[0]
+    return dict(machine=name, threads=torch.get_num_threads(), dtype=str(DTYPE), **versions)
 
 
-def random_sequences(model: bupo.Model, count: int, prompt: int, completion: int) -> bupo.Sequences:
+def random_sequences(model: bupo.Model, count: int, prompt: int, new: int) -> bupo.Sequences:
     draw, top = random.Random(0), model.config.vocab_size
-    ids = [[draw.randrange(top) for _ in range(prompt + completion)] for _ in range(count)]
+    ids = [[draw.randrange(top) for _ in range(prompt + new)] for _ in range(count)]
     return [(row[:prompt], row[prompt:]) for row in ids]
 
 
-def settings(problems: int, group: int, **more) -> bupo.Config:
-    return bupo.Config(prompts=problems, group=group, mini_batch=max(1, problems // 2), **more)
+def settings(problems: int) -> bupo.Config:
+    """Groups of 2 in two mini-batches."""
+    size = dict(prompts_per_step=problems, group_size=2, mini_batch=problems // 2)
+    return bupo.Config("x/y", gradient_checkpointing=False, micro_batch_tokens=4096, **size)
 
 
-def adam(model: bupo.Model) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
+def trainer(folder: str) -> tuple[bupo.Model, bupo.MasterAdamW]:
+    """A model ready to be trained as bupo.py trains it, and its optimizer."""
+    model, _ = bupo.load_model(folder)
+    return model, bupo.MasterAdamW(model, DEVICE, DTYPE, "auto")
 
 
-def operations(model: bupo.Model, layer: int, sequences: bupo.Sequences, authors: bool = False) -> float:
-    """Operations that an update at `layer` cannot do without: forward for the old policy, forward, backward.
-
-    2 per weight and token in blocks 1..layer, 4 per pair of tokens and channel in their attention, and 2 per weight of
-    lm_head and completion token; a backward pass is two forward passes. The authors' way runs all blocks forward, and
-    lm_head on every token, and once more forward for the policy that it does not use.
-    """
-    block, config, top = model.get_decoder().layers[0], model.config, len(model.get_decoder().layers)
-    weights = sum(p.numel() for p in block.parameters() if p.dim() == 2)
-    lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
-    pairs = sum(n * (n + 1) / 2 for n in lengths)
-    one_block = 2 * weights * sum(lengths) + 4 * pairs * config.num_attention_heads * config.head_dim
-    head = 2 * config.vocab_size * config.hidden_size  # per token
-    if authors:
-        return one_block * (2 * top + 2 * layer) + head * (4 + 2) * sum(lengths)
-    return 4 * (one_block * layer + head * sum(len(completion) for _, completion in sequences))
-
-
-# Phase 1 ==============================================================================================================
-
-
-def updates(model: bupo.Model, optimizer: torch.optim.Optimizer, quick: bool) -> tuple[dict, bupo.Sequences]:
-    """Four ways to update on the same sequences, of 4 problems x 2 completions, in two mini-batches.
-
-    "low" is `bupo.update` at l = L/5, "top" at l = L, "quarter" at l = L where one problem of four has no signal, and
-    "authors" the authors' way at l = L/5.
-    """
-    sequences = random_sequences(model, 8, *((16, 16) if quick else (64, 64)))
-    config, top = settings(4, 2, recompute=False), len(model.get_decoder().layers)
-    signal, quarter = torch.tensor([1.0, -1.0] * 4), torch.tensor([0.0, 0.0] + [1.0, -1.0] * 3)
-
-    def update(how: Callable, advantages: Tensor, layer: int) -> Callable:
-        return lambda: how(model, optimizer, sequences, advantages, layer, config, BFLOAT16)
-
-    ways = dict(low=update(bupo.update, signal, top // 5), top=update(bupo.update, signal, top))
-    ways |= dict(quarter=update(bupo.update, quarter, top), authors=update(rivals.authors_update, signal, top // 5))
-    return ways, sequences
+def step(args: argparse.Namespace, models: dict[str, str]) -> Iterator[dict]:
+    """Plain GRPO, 4 problems x 4 completions in two mini-batches: bupo.py and TRL."""
+    if not util.find_spec("trl"):
+        return print("step: skipped, since TRL is not installed (pip install trl)")
+    for name, folder in models.items():
+        _, tokenizer = bupo.load_model(folder)
+        source = "arithmetic" if name == "Qwen3" else args.dataset
+        problems = bupo.load_problems(source, 100, system="")
+        problems = [p for p in problems if len(bupo.encode(tokenizer, p)) <= 256][:4]
+        s = dict(model=folder, problems=[(p.messages, p.answer) for p in problems])
+        s |= dict(tokens=8 if args.quick else 64, steps=2 if args.quick else 8)
+        s |= dict(prompts_per_step=4, group_size=4, mini_batch=2)
+        ways = {"bupo": functools.partial(rivals.bupo_steps, s=s)}
+        for way in ("TRL", "TRL, continuous batching"):
+            ways[way] = functools.partial(rivals.trl_steps, s=s, continuous=way != "TRL")
+        told = in_turn(ways, s["steps"] - 1)
+        for way, (times, peaks) in told.items():
+            remark = f"{16 * s['tokens'] / statistics.median(times):.0f} tokens/s, peak "
+            yield line(f"{name}, step: {way}", times, "s", f"{remark}{max(peaks) / MIB:.0f} MiB")
+        for way in list(told)[1:]:
+            yield from compare(f"{name}, step", told, way, "bupo")
 
 
-def update_peak(which: dict, way: str, quick: bool) -> tuple[float, float]:
-    """(peak bytes of a process that updates, above what it began with; bytes it cannot do without).
-
-    The latter: all weights, and a gradient and two moments of each weight that the update reaches, in float32.
-    """
-    idle = memory()
-    model, _ = load(which)
-    optimizer, blocks = adam(model), model.get_decoder().layers
-    above = blocks[len(blocks) if way == "top" else len(blocks) // 5 :]  # which the update does not reach
-    reached = [p for p in model.parameters() if id(p) not in {id(q) for q in above.parameters()}]
-    for p in reached:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()  # makes the moments
-    optimizer.zero_grad()
-    ways, _ = updates(model, optimizer, quick)
-    forget_peak()
-    ways[way]()
-    counted = 4 * sum(p.numel() for p in model.parameters()) + 12 * sum(p.numel() for p in reached)
-    return memory(peak=True) - idle, counted
-
-
-def phase1(args: argparse.Namespace, about: dict) -> list[dict]:
-    models = {"Qwen3": dict(layers=5 if args.quick else 15, hidden=256, vocabulary=151936)}
-    if args.model:
-        models = {Path(args.model).name: dict(folder=args.model)} | models
-    lines = []
-    for name, which in models.items():
-        model, _ = load(which)
-        ways, sequences = updates(model, adam(model), args.quick)
-        times, top = in_turn(ways, 1 if args.quick else 3), len(model.get_decoder().layers)
-        low, high = (operations(model, layer, sequences) for layer in (top // 5, top))
-        theirs = operations(model, top // 5, sequences, authors=True)
-        speed = [high / s / about["operations_per_s"] for s in times["top"]]
-        del model, ways  # the processes below want the memory
-        gc.collect()
-        told = {way: in_fresh_process(update_peak, which, way, args.quick) for way in ("low", "top", "authors")}
-        peaks, counted = ({way: [both[i]] for way, both in told.items()} for i in (0, 1))
-        measured = {"time": ratios(times, "low", "top"), "peak memory": ratios(peaks, "low", "top")}
-        least = {"time": low / high, "peak memory": ratios(counted, "low", "top")[0]}
-        add = partial(line, "phase1")
-        for what, values in measured.items():
-            remark = f"{least[what]:.3f}; measured/floor {statistics.median(values) / least[what]:.2f}"
-            lines.append(add(f"{name}: {what}, l = {top // 5} / l = {top}", values, "x", remark))
-        against = ratios(times, "authors", "low")
-        lines.append(add(f"{name}: time, the authors' way / ours", against, "x", f"{theirs / low:.2f}", seconds=times))
-        lines.append(add(f"{name}: peak memory, the authors' way / ours", ratios(peaks, "authors", "low"), "x"))
-        saved = ratios(times, "quarter", "top")
-        lines.append(add(f"{name}: time, a quarter of groups without signal / none", saved, "x", "0.75, tokens"))
-        lines.append(add(f"{name}: speed at l = {top} / of a large matrix product", speed, "x", "1"))
-        for way, (peak, bytes_counted) in told.items():
-            remark = f"{bytes_counted / 2**20:.0f}, weights, gradients, moments"
-            lines.append(add(f"{name}: peak memory, {way}", [peak / 2**20], "MiB", remark))
-    return lines
-
-
-# Rollouts =============================================================================================================
-
-
-def with_lengths(lengths: list[int]):
-    """Inside this context completion i of `bupo.sample` ends after lengths[i] tokens."""
+def by_bupo(model: bupo.Model, prompts: list[list[int]], lengths: list[int]) -> list[int]:
+    """`bupo.sample`, where completion i ends after lengths[i] tokens."""
     left = iter(lengths)
 
     class Ending(bupo.Completion):
@@ -183,183 +202,134 @@ def with_lengths(lengths: list[int]):
             self.length = next(left)
             super().__init__()
 
-    return mock.patch.object(bupo, "Completion", Ending)
+    with mock.patch.object(bupo, "Completion", Ending):
+        found = bupo.sample(model, prompts, max(lengths), set(), rows=len(prompts))
+    return [len(c.ids) for c in found]
 
 
-def by_bupo(model, prompts, lengths) -> list[int]:
-    with with_lengths(lengths):
-        return [len(c.ids) for c in bupo.sample(model, prompts, max(lengths), set(), rows=len(prompts))]
+def sampling(turn: Turn, way: Callable, folder: str, prompts: list, lengths: list[int]) -> None:
+    ours = way is by_bupo  # the others get the model as transformers has it
+    model = bupo.load_model(folder, DEVICE, DTYPE)[0] if ours else rivals.plain_model(folder, DTYPE)
+
+    def work() -> None:
+        if way(model, prompts, lengths) != lengths:
+            raise RuntimeError(f"{way} gave completions of other lengths than asked for.")
+
+    turn.repeat(work)
 
 
-def rollouts(args: argparse.Namespace, about: dict) -> list[dict]:
-    name = Path(args.model).name if args.model else "Qwen3"
-    model, tokenizer = load(dict(folder=args.model) if args.model else dict(layers=8))
-    model.generation_config = transformers.GenerationConfig()  # a checkpoint's own top-k and top-p would stay else
-    actor = bupo.bfloat16_copy(model) if BFLOAT16 else model
-    count, shortest = (8, 2) if args.quick else (32, 8)
-    draw = random.Random(0)
-    lengths = [round(shortest * 10 ** draw.random()) for _ in range(count)]
+def rollouts(args: argparse.Namespace, models: dict[str, str]) -> Iterator[dict]:
+    """Completions of 8 to 80 tokens, 4 of each prompt: tokens a second of each way to sample."""
+    name, folder = list(models.items())[-1]
+    _, tokenizer = bupo.load_model(folder)
+    draw, count = random.Random(0), 8 if args.quick else 32
+    lengths = [round(8 * 10 ** draw.random()) for _ in range(count)]
     problems = bupo.load_problems(args.dataset, count // 4)
     prompts = [ids for p in problems for ids in [bupo.encode(tokenizer, p)] * 4]
-    ways = {
-        "bupo": lambda: by_bupo(actor, prompts, lengths),
-        "generate, dynamic cache": lambda: rivals.by_generate(actor, prompts, lengths, "dynamic"),
-        "generate, static cache": lambda: rivals.by_generate(actor, prompts, lengths, "static"),
-        "continuous batching": lambda: rivals.by_continuous_batching(actor, prompts, lengths),
-    }
-    for way, work in ways.items():
-        if work() != lengths:
-            raise RuntimeError(f"{way} gave completions of other lengths than asked for.")
-    times = in_turn(ways, 1 if args.quick else 3, warm_up=False)  # the check was one
-    print(f"{name}, {count} rows, lengths {min(lengths)}-{max(lengths)}, {sum(lengths)} tokens in all")
+    ways = {"bupo": by_bupo}
+    for cache in ("dynamic", "static"):
+        ways[f"generate, {cache} cache"] = functools.partial(rivals.by_generate, cache=cache)
+    ways["generate_batch"] = rivals.by_continuous_batching
+    given = dict(folder=folder, prompts=prompts, lengths=lengths)
+    works = {name: functools.partial(sampling, way=way, **given) for name, way in ways.items()}
+    told = in_turn(works, 1 if args.quick else 6)
+    for way, (times, _) in told.items():
+        yield line(f"{name}, rollouts: {way}", [sum(lengths) / t for t in times], "tokens/s")
+    for way in list(told)[1:]:
+        yield from compare(f"{name}, rollouts", told, way, "bupo")
 
-    # The least: every distinct prompt is read once, every token costs its products, every step reads all weights once.
+
+def updating(turn: Turn, way: Callable, fifth: bool, folder: str, quick: bool) -> None:
+    """Updates by 4 problems x 2 completions, at l = L/5 or at L."""
+    model, optimizer = trainer(folder)
+    sequences = random_sequences(model, 8, *((16, 16) if quick else (64, 64)))
+    layer = len(model.get_decoder().layers) // (5 if fifth else 1)
+    given = sequences, torch.tensor([1.0, -1.0] * 4), layer, 1e-6, settings(4)
+    turn.repeat(functools.partial(way, model, optimizer, *given))
+
+
+def floors(folder: str) -> tuple[float, float]:
+    """The least that an update at L/5 can take of one at L: operations, and bytes.
+
+    Operations are products with the blocks' weights and, for half of the tokens, lm_head; bytes are
+    those of weights, and of a gradient and two moments of each weight that the update reaches.
+    """
+    model, _ = bupo.load_model(folder)
+    size, head = model.num_parameters(), model.get_output_embeddings().weight.numel()
     blocks = sum(p.numel() for p in model.get_decoder().layers.parameters())
-    head = model.get_output_embeddings().weight.numel()
-    read = 2 * blocks * sum(len(p) for p in {tuple(p) for p in prompts})
-    operations = read + 2 * (blocks + head) * sum(lengths)
-    moved = max(lengths) * (blocks + head) * actor.get_output_embeddings().weight.element_size()
-    least = max(operations / about["operations_per_s"], moved / about["bytes_per_s"])
-    lines = []
-    for way, values in times.items():
-        computed = max(lengths) * count / sum(lengths) if "generate" in way else 1.0  # generate goes on for the longest
-        remark = f"{sum(lengths) / least:.0f}; computes {computed:.2f} x the tokens"
-        rate = [sum(lengths) / s for s in values]
-        lines.append(line("rollouts", f"{name}: {way}", rate, "tokens/s", remark))
-    best = min((w for w in ways if w != "bupo"), key=lambda w: statistics.median(times[w]))
-    what = f"{name}: bupo / the best other ({best})"
-    lines.append(line("rollouts", what, ratios(times, best, "bupo"), "x", "", seconds=times))
-    return lines
+    low = len(model.get_decoder().layers) // 5 / len(model.get_decoder().layers)
+    always = size * (6 if DTYPE.itemsize == 2 else 4)  # weights and masters
+    least = always + 12 * (size - blocks + low * blocks)
+    return (low * blocks + head / 2) / (blocks + head / 2), least / (always + 12 * size)
 
 
-# A whole step =========================================================================================================
+def phase1(args: argparse.Namespace, models: dict[str, str]) -> Iterator[dict]:
+    """An update of pi^l at l = L/5 against one of pi, and the authors' way against ours."""
+    large = small_qwen3(15, 256, 8192 if args.quick else 151936)
+    for name, folder in (models | {"Qwen3": large}).items():
+        run = functools.partial(updating, folder=folder, quick=args.quick)
+        low, top, theirs = "l = L/5", "l = L", "authors' way, l = L/5"
+        ways = {low: functools.partial(run, way=bupo.update, fifth=True)}
+        ways[top] = functools.partial(run, way=bupo.update, fifth=False)
+        ways[theirs] = functools.partial(run, way=rivals.authors_update, fifth=True)
+        told = in_turn(ways, 1 if args.quick else 6)
+        yield from compare(f"{name}, update", told, low, top, floors(folder))
+        yield from compare(f"{name}, update", told, theirs, low)
 
 
-def step(args: argparse.Namespace, about: dict) -> list[dict]:
-    if not util.find_spec("trl"):
-        print("step     skipped: TRL is not installed (pip install trl).")
-        return []
-    lines, temporary = [], tempfile.TemporaryDirectory()
-    folder = Path(temporary.name)
-    model, tokenizer = small_qwen3()
-    model.save_pretrained(folder / "qwen3")
-    tokenizer.save_pretrained(folder / "qwen3")
-    models = {"small Qwen3": (str(folder / "qwen3"), "arithmetic")}
-    if args.model:
-        models = {Path(args.model).name: (args.model, args.dataset)} | models
-    dtype = "bfloat16 autocast" if BFLOAT16 else "float32"
-    print(f"step     TRL {metadata.version('trl')}: {dtype}, no activation checkpointing, beta 0, num_iterations 1,")
-    print("         loss bnpo, a mini-batch per device; its own generation, then transformers' continuous batching")
-    ways = ("bupo", "trl default", "trl continuous")
-    for name, (model_folder, dataset) in models.items():
-        _, tokenizer = bupo.load_model(model_folder)
-        lengths, problems = [], []
-        for problem in bupo.load_problems(dataset, 100):
-            if len(problems) < 4 and len(ids := bupo.encode(tokenizer, problem)) <= 256:
-                lengths.append(len(ids))
-                problems.append(json.dumps(dict(prompt=problem.messages, answer=problem.answer)))
-        (folder / "problems.jsonl").write_text("\n".join(problems))
-        size = dict(prompts=4, group=4, mini_batch=2, tokens=8 if args.quick else 64, max_prompt=max(lengths))
-        size |= dict(steps=2 if args.quick else 3, model=model_folder, dataset=str(folder / "problems.jsonl"))
-        told = {}
-        for way in ways:
-            call = [sys.executable, str(HERE / "trl_step.py"), json.dumps(dict(size, way=way))]
-            done = subprocess.run(call, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{way} failed:\n{done.stderr[-2000:]}")
-            told[way] = json.loads(done.stdout.splitlines()[-1])
-            told[way]["seconds"] = told[way]["seconds"][1:]  # the first warms up
-            each = told[way]["seconds"]
-            rate = 16 * size["tokens"] / statistics.median(each)
-            remark = f"{rate:.0f} tokens/s, peak {told[way]['peak'] / 2**20:.0f} MiB"
-            lines.append(line("step", f"{name}: {way}", each, "s", remark, peak=told[way]["peak"]))
-        times = {way: told[way]["seconds"] for way in ways}
-        for way in ways[1:]:
-            memory_ratio = told[way]["peak"] / told["bupo"]["peak"]
-            lines.append(line("step", f"{name}: {way} / bupo, time", ratios(times, way, "bupo"), "x"))
-            lines.append(line("step", f"{name}: {way} / bupo, peak memory", [memory_ratio], "x"))
-    return lines
+def stepping(turn: Turn, problems: int, tokens: int, layers: int) -> None:
+    """A rollout of a small Qwen3, at most 32 rows at once, and its update at L."""
+    model, optimizer = trainer(small_qwen3(layers, 128, 2048))
+    prompts = [p for p, _ in random_sequences(model, problems, 16, 0) for _ in range(2)]
+    given = torch.tensor([1.0, -1.0] * problems), layers, 1e-6, settings(problems)
+
+    def work() -> None:
+        found = bupo.sample(model, prompts, tokens, set(), rows=32)
+        sequences = [(p, c.ids) for p, c in zip(prompts, found, strict=True)]
+        bupo.update(model, optimizer, sequences, *given)
+
+    turn.repeat(work)
 
 
-# Growth ===============================================================================================================
-
-BASE = dict(problems=4, group=2, length=32, layers=2, vocabulary=2048)
-EXPECTED = dict(problems="1", group="1", length="1 to 2 (attention)", layers="1", vocabulary="1")  # at most
-
-
-def one_step(problems: int, group: int, length: int, layers: int, vocabulary: int) -> tuple[float, float]:
-    """(seconds of a rollout and its update at l = L; peak bytes above those the process began with)."""
-    idle = memory()
-    model, _ = small_qwen3(layers, 128, vocabulary)
-    actor = bupo.bfloat16_copy(model) if BFLOAT16 else model
-    config, optimizer = settings(problems, group, rows=32, micro_tokens=4096, recompute=False), adam(model)
-    prompts = [prompt for prompt, _ in random_sequences(model, problems, 16, 0) for _ in range(group)]
-    advantages = torch.tensor([1.0, -1.0] * (problems * group // 2))
-
-    def work():
-        completions = bupo.sample(actor, prompts, length, set(), rows=config.rows)
-        sequences = [(p, c.ids) for p, c in zip(prompts, completions, strict=True)]
-        bupo.update(model, optimizer, sequences, advantages, layers, config, BFLOAT16)
-
-    times = in_turn(dict(step=work), 3)["step"]
-    return statistics.median(times), memory(peak=True) - idle
+def growth(args: argparse.Namespace, models: dict[str, str]) -> Iterator[dict]:
+    """Exponents of time and memory, from three sizes; attention has up to 2 in tokens."""
+    base, factors = dict(problems=4, tokens=32, layers=2), (1, 4) if args.quick else (1, 4, 16)
+    logs = [math.log(f) for f in factors]
+    for axis, size in base.items():
+        sizes = {f"x {f}": base | {axis: size * f} for f in factors}
+        works = {name: functools.partial(stepping, **sizes[name]) for name in sizes}
+        told = in_turn(works, 1 if args.quick else 3).values()
+        for i, what in enumerate(("time, s", "peak memory, bytes")):
+            values = [statistics.median(found[i]) for found in told]
+            slope = statistics.linear_regression(logs, [math.log(v) for v in values]).slope
+            remark = f"{values[0]:.3g} to {values[-1]:.3g} over a factor of {factors[-1]}"
+            yield line(f"growth: {what}, by {axis}", [slope], "exponent", remark)
 
 
-def growth(args: argparse.Namespace, about: dict) -> list[dict]:
-    """The slope of log time and log memory over a factor of 16, from three points; below 1 where fixed costs weigh."""
-    lines, factors = [], (1, 4) if args.quick else (1, 4, 16)
-    print(f"growth   a step of a small Qwen3, at most 32 rows and 4,096 tokens at once, over a factor of {factors[-1]}")
-    base = in_fresh_process(one_step, *BASE.values())
-    for axis, most in EXPECTED.items():
-        grown = [in_fresh_process(one_step, *(BASE | {axis: BASE[axis] * f}).values()) for f in factors[1:]]
-        times, peaks = zip(base, *grown, strict=True)
-        for what, values, unit in (("time", times, "s"), ("peak", [p / 2**20 for p in peaks], "MiB")):
-            logs = [math.log(v) for v in values]
-            slope = statistics.linear_regression([math.log(f) for f in factors], logs).slope
-            last = math.log(values[-1] / values[-2]) / math.log(factors[-1] / factors[-2])
-            ends = f"{values[0]:.3g} to {values[-1]:.3g} {unit}"
-            remark = f"at most {most}; {last:.2f} over the last factor of 4"
-            lines.append(line("growth", f"{what} by {axis}: {ends}", [slope], "exponent", remark, points=values))
-    return lines
-
-
-# Start-up =============================================================================================================
-
-
-def start(args: argparse.Namespace, about: dict) -> list[dict]:
-    call = [sys.executable, str(HERE.parent / "bupo.py"), "--help"]
-    times = in_turn(dict(help=lambda: subprocess.run(call, capture_output=True, check=True)), 1 if args.quick else 5)
-    return [line("start", "python bupo.py --help", times["help"], "s", "")]
+PARTS = dict(step=step, rollouts=rollouts, phase1=phase1, growth=growth)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--model", help="the folder of a real model; without it small random ones do")
-    parser.add_argument("--dataset", default="arithmetic", help="problems, as bupo.py takes them")
-    parser.add_argument("--quick", action="store_true", help="does it run? Small sizes, one turn, nothing written")
-    args = parser.parse_args()
-    about = machine()
-    print(
-        ", ".join(f"{key} {value:.3g}" if key.endswith("_per_s") else f"{key} {value}" for key, value in about.items())
-    )
-    if not args.model:
-        print(
-            "Without --model small random Qwen3 models stand for a real one: these are not the figures of the README."
-        )
-    print(f"{'part':9}{'what':62}{'median':>8} {'':9}{'range':14}floor (counted), or remark")
-    lines = [row for part in args.only for row in globals()[part](args, about)]
-    if args.quick:
-        return
-    name = re.sub(r"\W+", "-", about["machine"]).strip("-").lower()
-    parts = "" if set(args.only) == set(PARTS) else "-" + "-".join(args.only)
-    out = HERE / "results" / f"speed-{name}{parts}.json"
-    out.parent.mkdir(exist_ok=True)
-    model = args.model and Path(args.model).name
-    out.write_text(
-        json.dumps(dict(**about, model=model, dataset=Path(args.dataset).name, lines=lines), indent=1) + "\n"
-    )
-    print(f"Written to {out}")
+    how = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(**how)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--model", help="the folder of a real model, beside a small random Qwen3")
+    parser.add_argument("--dataset", default="arithmetic", help="problems for it")
+    parser.add_argument("--quick", action="store_true", help="small sizes, nothing is written")
+    args, about = parser.parse_args(), machine()
+    print(*(f"{name} {value}" for name, value in about.items()), sep=", ")
+    models = {"Qwen3": small_qwen3()}
+    if args.model:
+        models[Path(args.model).name] = args.model
+    lines = [row for part in args.only for row in PARTS[part](args, models)]
+    if not args.quick:
+        name = re.sub(r"\W+", "-", about["machine"]).strip("-").lower()
+        some = "" if len(args.only) == len(PARTS) else "-" + "-".join(args.only)
+        out = Path(__file__).parent / "results" / f"speed-{name}{some}.json"
+        out.parent.mkdir(exist_ok=True)
+        found = dict(**about, model=args.model and Path(args.model).name, lines=lines)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"Written to {out}")
 
 
 if __name__ == "__main__":
