@@ -92,7 +92,8 @@ def bupo_steps(turn: Any, s: dict[str, Any]) -> None:
     rewards, draw = itertools.cycle((0.0, 1.0)), bupo.problems_of_step
     bupo.problems_of_step = lambda *given: turn.begin() or draw(*given)
     bupo.log = lambda file, record: turn.end() or record
-    bupo.load_problems = lambda *_, **__: [bupo.Problem(*p) for p in s["problems"]]
+    given = [bupo.Problem(*p) for p in s["problems"]]
+    bupo.load_problems = lambda _, limit, *__: given[:limit]
     bupo.math_reward, bupo.end_tokens = lambda *_: next(rewards), lambda *_: set()
     bupo.save_checkpoint = lambda *_: None
     size = {name: s[name] for name in ("prompts_per_step", "group_size", "mini_batch", "steps")}

@@ -40,9 +40,20 @@ from rivals import DEVICE, DTYPE, GPU
 import bupo
 
 SPAWN, MIB = multiprocessing.get_context("spawn"), 2**20
-bupo.tqdm.write = lambda *_: None  # what bupo.py tells would break the table
-BAR = bupo.tqdm
-bupo.tqdm = lambda *given, **how: BAR(*given, **how | dict(disable=True))
+
+
+class Quiet(bupo.tqdm):
+    """What bupo.py tells, and its bars, would break the table."""
+
+    def __init__(self, *given, **how):
+        super().__init__(*given, **how | dict(disable=True))
+
+    @classmethod
+    def write(cls, *_, **__):
+        pass
+
+
+bupo.tqdm = Quiet
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
