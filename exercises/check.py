@@ -160,7 +160,7 @@ EXERCISES = {
             ("zero advantages not counted", "lengths.view(", "(lengths * (advantages != 0)).view("),
             ("a mini-batch of completions", "mini_batch * config.group_size", "mini_batch"),
             ("averages the wrong way round", '== "token"', '== "sequence"'),
-            ("advantages of the first ones", "advantages[chosen]", "advantages[: len(chosen)]"),
+            ("advantages of the first ones", "(weight)[chosen]", "(weight)[: len(chosen)]"),
         ],
     ),
     "MasterAdamW.step": (
