@@ -16,7 +16,7 @@ Why it should help, says the paper: low layers explore (their FFNs raise the ent
 converge, and rewarding a low policy makes its layers find early what reasoning needs. The blocks
 above l stay as they are meanwhile, so phase 1 is short: a long one makes pi collapse.
 
-     1 Settings                   98 lines  Config: each setting with its default
+     1 Settings                   99 lines  Config: each setting with its default
      2 Problems                  151 lines  Problem, load_problems, the built-in task
      3 Reward                    148 lines  math_reward
      4 Model                     154 lines  load_model, check_model; the tiny model
@@ -24,7 +24,7 @@ above l stay as they are meanwhile, so phase 1 is short: a long one makes pi col
      6 Internal policies         124 lines  internal_hidden, policy_logits, token_logps
      7 Objective                  24 lines  group_advantages, clipped_surrogate
      8 Evaluation                 49 lines  pass_at_k, evaluate
-     9 Training                  291 lines  train, update, MasterAdamW
+     9 Training                  292 lines  train, update, MasterAdamW
     10 Files and command line    239 lines  the run's folder, main
 
 Start with `train`, `update`, `clipped_surrogate`, `internal_hidden` and `sample`. Equation and
@@ -189,11 +189,12 @@ ASKED += ("max_prompt_tokens", "max_new_tokens", "eval_problems", "eval_k")
 
 
 def configure(model: str = "tiny", **given: Any) -> Config:
-    """The settings for a model: those given, else what the run ASKED in whose folder it is, else
-    its preset's. No run's recipe: a new one must not train with an old one's learning rate."""
+    """The settings given; else, if `model` is a run's folder or lies in one, those of the run that
+    are named in ASKED; else the preset's. Never a run's recipe, such as its learning rate."""
     known: dict[str, Any] = dict(preset="tiny" if model == "tiny" else "real")
-    for run in (Path(model).expanduser(), Path(model).expanduser().parent):
-        if model != "tiny" and (run / "metrics.jsonl").exists():
+    folder = Path(model).expanduser()
+    for run in (folder, folder.parent):
+        if model != "tiny" and folder.exists() and (run / "metrics.jsonl").exists():
             known = {name: value for name, value in read_config(run).items() if name in ASKED}
     known |= given
     return Config(**{**(TINY if known["preset"] == "tiny" else {}), **known, "model": model})
@@ -373,7 +374,7 @@ SYNONYM = {old: new for new, olds in SYNONYMS.items() for old in olds.split()} |
 GROUP = r"\{(?:[^{}\\]|\\.|" * 9 + r"\\." + r")*\}" * 9  # {...}, with braces nested up to nine deep
 FUNCTION = r"(sqrt|sin|cos|tan|exp|log|ln)(?![a-z])"
 NAME = rf"(?=[\\a-zA-Z(])(\\(?!frac|abs|cot|{FUNCTION})[a-z]+|_?\{{[^{{}}]*\}}|[a-zA-Z'(), ])+"
-SPELLINGS: list[tuple] = [  # what is replaced, by what, and a sign: only if one answer alone has it
+SPELLINGS: list[tuple] = [  # what, by what[, a sign: only if exactly one of the two answers has it]
     (r"\{,\}|,\\! *|(?<=\d)\\[, ](?=\d{3}(?!\d))", ","), (r"\^ ?(\{ ?)?\\circ( ?\})?", ""),
     (r"\\begin ?\{[pb]?matrix\}", "(("), (r"(\\\\)?\s*\\end ?\{[pb]?matrix\}", "))"),
     (r"\\\\ ?(\[\w+\])?", "),("),
@@ -386,7 +387,7 @@ SPELLINGS: list[tuple] = [  # what is replaced, by what, and a sign: only if one
     (r"(\d)[eE](\+?\d+|-\d\d)", r"\1*10^{\2}"),
     (r"(_|\^|\\mathbb) ?(\d+|\w|\*|∞)", r"\1{\2}"), (r"\\frac ?(\d|\\pi)", r"\\frac{\1}"),
     (rf"(\\frac ?{GROUP}) ?(\w|\\pi)", r"\1{\2}"), (r"\\log ?_(\{\w+\})", r"(\\log\1)^{-1}\\log "),
-    (rf"\\sqrt ?\[(\w+)\] ?({GROUP}|\w)", r"{\2^{1/\1}}"),
+    (rf"\\sqrt ?\[(\w+)\] ?({GROUP}|\w)", r"(\2^{1/\1})"),
     (r"(?<![\w./^})])((\d+) ?\\frac ?\{(\d+)\} ?\{(\d+)\}|(\d+) (\d+)/(\d+))", r"(\2\5+\3\6/\4\7)"),
     (r"(_\{[^{}=]+)=", r"\1:"),
     (r"(?<=[\d)}]) ?(?!.?illion|[abcxyz]{3})([ckm]m|[a-zA-Z]{3,})\b([a-zA-Z ]*)$", r"\\text{\1\2}"),
@@ -413,7 +414,7 @@ SIGNS: dict[type, Any] = {  # of Python: what they calculate
 TOKEN = r"\\text\{[^{}]*\}|\d+\.?\d*(?!_)|\.\d+|[a-zA-Z]{2,}(?: [a-zA-Z]+)+|[a-zA-Z]{4,}|ii+|"
 TOKEN += r"(?:\\[a-zA-Z]+|[a-zA-Z]'*|\d+)(?:_\{[^{}]*\})?'*|\S"
 PYTHON = {"^": "**", "{": " (", "}": ")", "«": "{", "»": "}", "[": "'['*(", "]": ")*']'", "=": "=="}
-PYTHON |= {f: f"{f!r}**" for f in FUNCTIONS} | {s: s for s in "+-*/<(),"} | {"≤": "<=", "%": " "}
+PYTHON |= {f: f"{f!r}**" for f in FUNCTIONS} | {s: s for s in "+-*/<(),"} | {"≤": "<="}
 PYTHON |= dict.fromkeys(["≠", ":", "|", r"\in"], " is ")
 
 
@@ -461,7 +462,7 @@ def formula(text: str) -> ast.expr:
     if len(text) > 1000 or max(accumulate((c in "([{«") - (c in ")]}»") for c in text)) > 30:
         raise ValueError("a formula too long")
     source = ""
-    for token in re.findall(TOKEN, text, re.ASCII):
+    for token in re.findall(TOKEN, text.replace("%", " "), re.ASCII):
         piece = PYTHON.get(token) or repr(token)
         if source[-1:] in ("'", '"', ")", "}") and piece[0] in "'\"({":  # 2x, but not 1 2
             source += "?" if token[0].isdigit() else "*"
@@ -498,7 +499,7 @@ def value(node: Any, point: str) -> Any:
             return of(ast.Tuple([ast.Constant(signs), a, *others]))
         case ast.List([a]):
             return of(a)
-        case ast.List(items) | ast.Set(items):
+        case ast.List(items) | ast.Set(items) if items:
             return math.prod(of(ast.Constant("{}")) - of(item) for item in items)
         case ast.Tuple(items) if items:
             return 1 + math.prod(of(ast.Constant(f"({i}")) - of(a) for i, a in enumerate(items))
@@ -686,12 +687,12 @@ class SlotCache:
         """Next come T tokens of each of n rows, at positions (n, T), all of them below `width`."""
         self.span, self.position = slice(rows.start, rows.stop), position
         self.rows = torch.arange(rows.start, rows.stop, device=position.device)[:, None]  # (n, 1)
-        self.width, self.mask = width, None  # of prompts, from column 0 on: causal
-        if position.shape[1] < width:  # a token of each row
+        self.width, self.mask = width, None  # prompts, from column 0 on, need no mask: causal
+        if position.shape[1] < width:  # decoding, a token of each row
             self.width = -(-width // 16) * 16
-            hidden = torch.arange(self.width, device=position.device) > position  # (n, width)
-            mask = torch.zeros_like(hidden, dtype=self.blocks[0][0].dtype)  # (n, width)
-            self.mask = mask.masked_fill_(hidden, -math.inf)[:, None, None]  # (n, 1, 1, width)
+            beyond = torch.arange(self.width, device=position.device) > position  # (n, width)
+            mask = torch.zeros_like(beyond, dtype=self.blocks[0][0].dtype)  # (n, width)
+            self.mask = mask.masked_fill_(beyond, -math.inf)[:, None, None]  # (n, 1, 1, width)
 
     def update(self, key: Tensor, value: Tensor, block: int, *_: Any, **__: Any) -> list[Tensor]:
         """Store keys and values (n, heads, T, size); returns those that can be attended to."""
@@ -793,9 +794,9 @@ def sample(
         running, hidden = [running[row] for row in order], hidden[:0]
         if running:
             position = [len(prompts[i]) + len(completions[i].ids) - 1 for i in running]
-            rows_at = torch.tensor([order, position], device=model.device)[..., None]  # (2, n, 1)
-            cache.begin(range(len(running)), rows_at[1], max(position) + 1)
-            hidden = internal_hidden(model, drawn[0][rows_at[0]], num_layers, cache)[:, 0]  # (n, D)
+            old_row, at = torch.tensor([order, position], device=model.device)[..., None]  # (n, 1)
+            cache.begin(range(len(running)), at, max(position) + 1)
+            hidden = internal_hidden(model, drawn[0][old_row], num_layers, cache)[:, 0]  # (n, D)
     progress.close()
     return completions
 
@@ -937,8 +938,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 def clipped_surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """min(rho A, clip(rho, 1 - eps, 1 + eps) A) per token, to be maximized: Eq. 9; at l = L, Eq. 3.
-    All of one shape; rho = pi^l_new / pi^l_old, both of the policy being optimized, is how far the
-    updates on this rollout have moved it: no importance weight, since completions come from pi."""
+    All of one shape. rho = pi^l_new / pi^l_old, both of the policy being optimized, is how far the
+    updates on this rollout have moved it. Nothing corrects for completions that come from pi."""
     ratio = (logps - old_logps).exp()
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
@@ -1041,12 +1042,13 @@ def train(config: Config, resume: bool = False) -> Path:
         advantages = group_advantages(torch.tensor(rewards).view(-1, config.group_size))
 
         # 4 Choose the policy to optimize: pi^l in phase 1, then pi.
-        if config.internal_layer != "auto":
-            state["internal_layer"] = int(config.internal_layer)
-        elif state["internal_layer"] is None and step <= config.internal_steps:
-            state["internal_layer"] = find_boundary(model, sequences, config.micro_batch_tokens)
-        low, num_layers = state["internal_layer"], len(model.get_decoder().layers)
-        layer = optimized_layer(step, config.internal_steps, low, num_layers)
+        low = None if config.internal_layer == "auto" else int(config.internal_layer)
+        if low is None and step <= config.internal_steps:
+            low = state["internal_layer"] = state["internal_layer"] or find_boundary(
+                model, sequences, config.micro_batch_tokens
+            )
+        num_layers = len(model.get_decoder().layers)
+        layer = optimized_layer(step, config.internal_steps, low or num_layers, num_layers)
 
         # 5 Maximize the clipped surrogate of that policy, one optimizer update per mini-batch.
         error = sampling_error(model, sequences, completions, config)
@@ -1140,8 +1142,8 @@ def update(
     rest = split(sorted({*range(len(sequences))}.difference(learning))) if internal else []
 
     # pi^l_old is pi^l before the first update. The first mini-batch takes log pi^l_old from its own
-    # forward pass below (rho = 1). The later ones are scored here, before any update. So is what
-    # needs no update, for the entropy of pi^l.
+    # forward pass below (rho = 1). The later ones are scored here, before any update. In phase
+    # 1 so is what needs no update, for the entropy of pi^l.
     with torch.no_grad():
         scored = {micro: score(micro) for micro in itertools.chain(*plan[1:], rest)}
 
@@ -1291,7 +1293,7 @@ def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
 # 10 Files and command line ========================================================================
 
 LOGS = "metrics.jsonl", "completions.jsonl"
-STOP: list[Any] = []  # requests to stop: `train` looks at them after each step
+STOP: list[Any] = []  # requests to stop: `train` looks at them before each step
 
 
 def ask_to_stop(number: int, frame: Any) -> None:
@@ -1316,7 +1318,7 @@ class Outlet:
             self.stream.write(text)
             self.stream.flush()
         except OSError:
-            STOP.append("nobody reads")
+            STOP.extend([] if STOP else ["nobody reads"])
             with contextlib.suppress(OSError):  # it may be no file
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
@@ -1386,7 +1388,7 @@ def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            for file in temporary.iterdir():
+            for file in (path for path in temporary.rglob("*") if path.is_file()):
                 with open(file, "r+b") as written:
                     os.fsync(written.fileno())
             if replace:

@@ -1250,6 +1250,8 @@ def test_find_boxes(text, boxes):
 
 
 RIGHT = r"""
+# roots of an order
+3\cdot\sqrt[3]{2} | 3\sqrt[3]{2}    \sqrt[3]{54} | 3\sqrt[3]{2}
 # fractions, decimals
 \frac12 | 0.5    \dfrac{3}{4} | 3/4    \frac{-1}{2} | -\frac{1}{2}    -1/2 | \frac{-1}{2}
 \frac{6}{8} | \frac{3}{4}    \frac1{72} | \frac{1}{72}    \frac{1+a}c | \frac{1+a}{c}
@@ -1305,6 +1307,8 @@ x = 5 | x=5    5=x | x=5    f(x)=x^2 | x^2    f(x) = x^2 | f(x)=x^2    m_{\max}=
 \mathbf{X} | X    \mathbb R | \mathbb{R}    f(x)=x^2+C | x^2+C    \infty | ∞    −3 | -3
 """
 WRONG = r"""
+# a sign that stands alone, digits around one
+\% | 1    5%0 | 50    [] | 1    \{\} | 1
 5 | 6    50 | 5    -5 | 5    2t | 2    2\pi | 2    52_8 | 52_1    52_8 | 52    52 | 52_8
 52_8 | 52_9    1,2,3 | 123    0.333333 | 1/3    0.333 | \frac13    0.33 | \frac13    3.14 | \pi
 # found later
