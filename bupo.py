@@ -25,7 +25,7 @@ above l stay as they are meanwhile, so phase 1 is short: a long one makes pi col
      7 Objective                  24 lines  group_advantages, clipped_surrogate
      8 Evaluation                 49 lines  pass_at_k, evaluate
      9 Training                  292 lines  train, update, MasterAdamW
-    10 Files and command line    240 lines  the run's folder, main
+    10 Files and command line    241 lines  the run's folder, main
 
 Start with `train`, `update`, `clipped_surrogate`, `internal_hidden` and `sample`. Equation and
 table numbers are those of the paper's version 3. On purpose, this file departs from the paper (P)
@@ -1370,6 +1370,8 @@ def run_folder(config: Config, resume: bool) -> tuple[Path, Path | None]:
     name = Path(config.model).name + time.strftime("-%Y%m%d-%H%M%S")
     out = Path(config.out or Path("runs", name)).expanduser()
     config.out, found = str(out), checkpoints(out)
+    if not out.name:
+        raise UsageError(f"--out {config.out} has no name of its own; give another folder.")
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there already; --resume it, or give another --out.")
     if resume and not found and ((out / LOGS[0]).exists() or (out / "model").exists()):
@@ -1382,7 +1384,6 @@ def run_folder(config: Config, resume: bool) -> tuple[Path, Path | None]:
 @contextlib.contextmanager
 def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     """A folder to fill, which gets its name at the end of this context: whole, or not at all."""
-    folder = folder.absolute()  # "." has no name
     temporary = folder.with_name(f".{folder.name}.tmp")
     with explain(f"{folder} cannot be written", "make room, or give another --out"):
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1182,6 +1182,7 @@ def test_every_setting_is_a_flag_with_help_and_both_defaults(capsys):
         ("--max-new-tokens 1000", "at most 512, the max_position_embeddings"),
         ("--device cuda:99", "cannot be used"),
         ("--device meta", "--device meta cannot be used"),
+        ("--out .", "has no name of its own"),
         ("--optimizer-device cuda", "needs --device cuda"),  # fails: ignored on a CPU
         ("--resume {tmp}/nothing", "no run"),
         ("--resume {run}/checkpoint-2", "no run"),  # its config.json is the model's
