@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
         kind = dict(type=f.type, metavar="")
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        text = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
+        text = f.metadata["help"]
         name = "--" + f.name.replace("_", "-")
         parser.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
     text = "sequences per process and pass [8]"
