@@ -18,19 +18,20 @@ above l do not learn meanwhile (embeddings, norm and lm_head do), so a long phas
 collapse.
 
      1 Settings                   98 lines  Config: each setting with its default
-     2 Problems                  146 lines  Problem, load_problems, the built-in task
-     3 Reward                    146 lines  math_reward
-     4 Model                     154 lines  load_model, check_model; the tiny model
-     5 Rollouts                  148 lines  SlotCache, sample
-     6 Internal policies         124 lines  internal_hidden, policy_logits, token_logps
+     2 Problems                  147 lines  Problem, load_problems, the built-in task
+     3 Reward                    123 lines  math_reward
+     4 Model                     150 lines  load_model, check_model; the tiny model
+     5 Rollouts                  149 lines  SlotCache, sample
+     6 Internal policies         125 lines  internal_hidden, policy_logits, token_logps
      7 Objective                  24 lines  group_advantages, clipped_surrogate
      8 Evaluation                 32 lines  pass_at_k, evaluate
-     9 Training                  294 lines  train, update, MasterAdamW
+     9 Training                  296 lines  train, update, MasterAdamW
     10 Files and command line    215 lines  the run's folder, main
 
-Start with `train`, `update`, `clipped_surrogate`, `internal_hidden` and `sample`. Equation and
-table numbers are those of the paper's version 3. On purpose, this file departs from the paper (P)
-or from the authors' code (C):
+Start with `train`, `update`, `clipped_surrogate`, `internal_hidden` and `sample`: the method is in
+them and in sections 5 to 8, a third of the lines; the others read data, check answers, load models
+and keep runs. Equation and table numbers are those of the paper's version 3. On purpose, this file
+departs from the paper (P) or from the authors' code (C):
 
   - pi^l applies the final norm; `--internal-norm none` does not (P Eq. 5, C). P's Table 5 has both.
   - Updates of phase 1 run blocks 1..l only; C runs all L and builds two full logit matrices.
@@ -41,7 +42,6 @@ or from the authors' code (C):
 """
 
 import argparse
-import ast
 import cmath
 import contextlib
 import csv
@@ -50,7 +50,6 @@ import io
 import itertools
 import json
 import math
-import operator
 import os
 import random
 import re
@@ -66,6 +65,7 @@ from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal
 from fractions import Fraction
 from functools import cache, partial
+from operator import add, mul, neg, pos, sub, truediv
 from pathlib import Path
 from random import Random
 from statistics import fmean, stdev
@@ -124,7 +124,7 @@ def setting(default: Any, help: str, least: float = 0, most: float = 1e12, **mor
 
 @dataclass
 class Config:
-    """The settings of a run, each of them a flag. In brackets what the paper has."""
+    """The settings of a run, each of them a flag. In parentheses: the paper's value."""
 
     model: str = setting("tiny", "tiny (built in), a Hub id, a folder, or the folder of a run")
     preset: str = setting("real", "which defaults to take", choices="real|tiny")
@@ -135,7 +135,7 @@ class Config:
     internal_layer: str = setting("auto", "l of phase 1", choices="auto|1|2|...", tiny="3")
     internal_steps: int = setting(30, "steps of phase 1; 0: plain GRPO (30 or 20)", tiny=10)
     internal_norm: str = setting("final", "norm in pi^l (Table 5: both)", choices="final|none")
-    loss_average: str = setting("token", "mean of the loss over (both)", choices="token|sequence")
+    loss_average: str = setting("token", "average the loss over (both)", choices="token|sequence")
     clip: float = setting(0.2, "clip ratio, epsilon (0.2)", least=1e-6)
     # The recipe:
     steps: int = setting(300, "training steps; 0 only evaluates (300)", tiny=60)
@@ -150,7 +150,7 @@ class Config:
     # Evaluation:
     eval_every: int = setting(50, "steps between evaluations (30)", least=1, tiny=20)
     eval_problems: int = setting(100, "held-out problems; 0: no evaluation (all)", tiny=256)
-    eval_k: int = setting(4, "completions of each, k of avg@k and pass@k (16, 32)", least=1)
+    eval_k: int = setting(4, "completions of each, k of avg@k, pass@k (16; AIME: 32)", least=1)
     # The machine:
     rollout_rows: str = setting("auto", "sequences decoded at once", choices="auto|1|2|...")
     micro_batch_tokens: int = setting(16384, "tokens per forward and backward pass", least=1)
@@ -284,9 +284,10 @@ def read_rows(source: str) -> Any:
             csv.field_size_limit(2**31 - 1)
             delimiter = "," if kind[1] == "csv" else "\t"
             return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-        if text.startswith("["):
-            return json.loads(text, parse_float=str)
-        return [json.loads(line, parse_float=str) for line in text.split("\n") if line.strip()]
+        lines = [text] if text.startswith("[") else filter(str.strip, text.split("\n"))
+        found = [json.loads(line, parse_float=str) for line in lines]
+        found = found[0] if text.startswith("[") else found
+        return [row for row in found if isinstance(row, dict)]
 
 
 def from_json(value: Any) -> Any:
@@ -354,62 +355,52 @@ def arithmetic(heldout: bool = False) -> dict[str, str]:
 
 # 3 Reward =========================================================================================
 
-SYNONYMS = {  # our spelling: those that it replaces; a set is «1,2»
+SYNONYMS = {  # our spelling: those that it replaces; a set is «1,2», a matrix ((1,2),(3,4))
     "*": r"\cdot \times · ×", "-": "− –", "±": r"\pm", "^": "**", "^{2}": "²", "%": r"\%",
     ":": r"\setminus \to \implies \otimes \circ \subset", "|": r"\lvert \rvert \mid", "<": r"\lt",
     "≤": r"\le \leq \leqslant", "≥": r"\ge \geq \geqslant", "≠": r"\ne \neq", ">": r"\gt",
-    ",": r"; & ∪ \cup", "«": r"\{ \lbrace", "»": r"\} \rbrace", "∞": r"\infty", ")": r"\end",
-    r"\pi ": "π", r"\sqrt ": "√", r"\in ": "∈", r"\dots ": "...", r"\emptyset ": r"∅ \varnothing",
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\frac12 ": "½", r"\binom": r"\dbinom", "(": r"\begin",
+    "((": r"\begin", "))": r"\end", "),(": r"\\", ",": r"; & ∪ \cup", "«": r"\{", "»": r"\}",
+    "∞": r"\infty", "∈": r"\in", r"\pi ": "π", r"\sqrt ": "√", r"\dots ": "...", r"\frac12 ": "½",
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\emptyset ": r"∅ \varnothing", r"\binom": r"\dbinom",
     r"\text": r"\textbf \textit \textrm \mathrm \mathbf \boldsymbol \mbox \operatorname",
     " ": r"$ \$ ~ ° \degree \left \right \bigl \bigr \, \: \; \! \( \) \quad \displaystyle \boxed",
 }  # fmt: skip
 SYNONYM = {old: new for new, olds in SYNONYMS.items() for old in olds.split()} | {"\\ ": " "}
 GROUP = r"\{(?:[^{}\\]|\\.|" * 9 + r"\\." + r")*\}" * 9  # {...}, with braces nested up to nine deep
-FUNCTION = r"(sqrt|sin|cos|tan|exp|log|ln)(?![a-z])"
-NAME = rf"(?=[\\a-zA-Z(])(\\(?!frac|abs|cot|{FUNCTION})[a-z]+|_?\{{[^{{}}]*\}}|[a-zA-Z'(), ])+"
+FUNCTION = r"(?:sqrt|sin|cos|tan|exp|log|ln|pi)(?![a-z])"
+NAME = rf"(?:\\(?!frac|cot|{FUNCTION})[a-z]+(?![a-z])|_?\{{[^{{}}]*\}}|[a-zA-Z'(), ])+"
 SPELLINGS: list[tuple] = [  # what, by what[, a sign: only if exactly one of the two answers has it]
-    # 10{,}080, 10\,080, 14,\!400 -> 10,080; 90^\circ -> 90; 1 & 2 \\ 3 & 4 -> 1,2),(3,4; 1e6
-    (r"\{,\}|,\\! *|(?<=\d)\\[, ](?=\d{3}(?!\d))", ","), (r"\^ ?(\{ ?)?\\circ( ?\})?", ""),
-    (r"\\\\ ?(\[\w+\])?", "),("), (r"(\d)[eE](\+?\d+|-\d\d)", r"\1*10^{\2}"),
-    (r"\\[a-zA-Z]+|\\.|[^\0-\x7f]|\.{3}|\*\*|[&;$~]", lambda m: SYNONYM.get(m[0], m[0])),
-    (r"\s+", " "), (r"^[ .]+(?!\d)|[ .,:]+$", ""),
-    # 1 \text{ or } 2 -> 1,2; \text{Yes.} -> Yes; sin x, pi -> \sin x, \pi; 10,080 -> 10080
-    (r",? ?(\\text ?\{,? ?(and|or) ?\}|\b(and|or)\b)", ","),
-    (r"^\\text ?\{([^{}]*?)[ .]*\}$|\\text ?\{ ?([ei]|[\d.]+) ?\}", r" \1\2 "),
-    (rf"\\text ?\{{{FUNCTION} ?\}}|(?<![a-zA-Z\\])({FUNCTION}|pi)(?![a-z])", r"\\\1\2 "),
-    (r"(^|(?<==)) ?-?\d{1,3}([, ]\d{3})+(?![\d,])", lambda m: re.sub("[, ]", "", m[0])),
-    # x^2, \frac12, \frac{1}2 -> x^{2}, \frac{1}{2}; \log_2 8, \sqrt[3]8; 1 1/4 -> (1+1/4)
-    (r"(_|\^|\\mathbb) ?(\d+|\w|\*|∞)", r"\1{\2}"), (r"\\frac ?(\d|\\pi)", r"\\frac{\1}"),
-    (rf"(\\frac ?{GROUP}) ?(\w|\\pi)", r"\1{\2}"), (r"\\log ?_(\{\w+\})", r"(\\log\1)^{-1}\\log "),
-    (rf"\\sqrt ?\[(\w+)\] ?({GROUP}|\w)", r"(\2^{1/\1})"),
-    (r"(?<![\w./^})])((\d+) ?\\frac ?\{(\d+)\} ?\{(\d+)\}|(\d+) (\d+)/(\d+))", r"(\2\5+\3\6/\4\7)"),
-    # 27 miles -> 27\text{miles}; no spaces; YES -> \text{yes}; f(2) is no product, A^T B no B A^T
-    (r"(?<=[\d)}]) ?(?!.?illion|[abcxyz]{3})([ckm]m|[a-zA-Z]{3,})\b([a-zA-Z ]*)$", r"\\text{\1\2}"),
-    (r" +(?![a-zA-Z0-9 ])|(?<![a-zA-Z0-9 ]) +", ""), (r"(_\{[^{}=]+)=", r"\1:"),
-    (r"^[a-zA-Z ]{2,}$", lambda m: rf"\text{{{m[0].lower()}}}"),
-    (r"([A-Z])\^\{(T|-1)\}", r"\1:\2:"), (r"(\d+|[a-zA-Z]|\([^()]*\))!", r"!{\1}"),
-    (r"(?<![\\a-zA-Z])([a-df-hj-zA-Z]'*)\(([^-+()]*)\)", r"\1{\2}"),
-    # x>3 -> 3<x; 1 \pm 2 -> 1+2,1-2; on one side only: 2=x, x=2, x\in, a unit, x<3 for (-∞,3)
-    (r"(?<![^,])[^,]*[>≥][^,]*", lambda m: "".join(re.split("([>≥])", m[0])[::-1])), (">", "<"),
-    ("≥", "≤"), (r"(?<![^,«])([^,«»]*)±([^,«»]*)", r"\1+\2,\1-\2"),
-    (r"^([^a-zA-Z=]+)=[a-zA-Z]$", r"\1", "="), (rf"(^|,){NAME}=(?![a-zA-Z]*$)", r"\1", "="),
-    (rf"^{NAME}\\in(?![a-z])", "", r"\\in(?![a-z])"),
-    (r"\\text\{ ?(for|where|with)\b[^{}]*\}.*$|(?<=[\w)}])\\text\{(?! ?(.?illion|doz|squared|or|,))"
-     r"[^{}]*\}(\^\{?\d\}?)?(?=,|$)", "", r"\\text"),
-    (r"^(?:([^<≤]+)([<≤]))?\\?[a-zA-Z](?:([<≤])([^<≤]+))?$", lambda m:
-     "[("[m[2] != "≤"] + (m[1] or "-∞") + "," + (m[4] or "∞") + "])"[m[3] != "≤"], "[<≤]"),
+    (r",\\! *|\{,\}|\^ ?(\{ ?\\circ ?\}|\\circ)|\[\w+pt\]|\{[pb]?matrix\}|\\\\\s*(?=\\end)", ""),
+    (r"\\[a-zA-Z]+|\\.|\.{3}|\*\*|.", lambda m: SYNONYM.get(m[0], m[0])),  # \dfrac1π -> \frac1\pi
+    (r"(^|(?<==)) *-?\d{1,3}([, ]\d{3})+(?![\d,])", lambda m: re.sub("[, ]", "", m[0])),  # 4,000
+    (r"[\s.,:]+$|\s+(?![a-zA-Z0-9\s])|(?<![a-zA-Z0-9])\s+", ""),  # 2 x + y. -> 2 x+y
+    (r",?(\\text\{,?(and|or)\}| ?\b(and|or)\b ?)", ","),  # x=1\text{or}x=2 -> x=1,x=2
+    (r"=(?=[^{}]*\}|[^,]*=)", ":"), (r"([A-Z])\^\{?(T|-1)\}?", r"\1:\2:"),  # \sum_{k=1}; A^T B
+    (rf"^\\text\{{([^{{}}]*?)\.?\}}$|\\text\{{([ei]|[\d.]+|{FUNCTION})\}}", r"\1\2"),  # \text{i}
+    (r"(_|\^|\\mathbb|\\sqrt) ?(\d+|\w)|(\\frac) ?(\d)", r"\1\3{\2\4}"),  # \frac1x -> \frac{1}x
+    (rf"\\sqrt\[(\w+)\]({GROUP}|\w)", r"(\2^{1/\1})"),  # \sqrt[3]{x} -> ({x}^{1/3})
+    (r"(?<![\w./^})])(\d+)(?:\\frac\{| )(\d+)[}/](\d+|\{\d+\})", r"(\1+\2/\3)"),  # 1 1/4 -> (1+1/4)
+    (r"\\?log_(\{\w+\})", r"(1/\\log\1)\\log "), (r"(\d+|[a-zA-Z]|\([^()]*\))!", r"!{\1}"),  # 5!
+    (r"(?<![\\a-zA-Z])([a-df-hj-zA-Z]'*)\(([^-+()]*)\)", r"\1{\2}"),  # f(2) -> f{2}, not 2f
+    (rf"(?<=[\d)}}]) ?(?![abcxyz]{{3}}|{FUNCTION})(([ckm]m|[a-zA-Z]{{3}})[a-zA-Z ]*)$",
+     r"\\text{\1}"), (r"^[a-zA-Z ]{2,}$", lambda m: rf"\text{{{m[0].lower()}}}"),  # 5 miles, Yes
+    (r"(?<![^,])[^,]*[>≥][^,]*", lambda m: "".join(re.split("([>≥])", m[0])[::-1])),  # 2>x -> x>2
+    (">", "<"), ("≥", "≤"), (r"(?<![^,«])([^,«»]*)±([^,«»]*)", r"\1+\2,\1-\2"),  # 1±x
+    (rf"^([^a-zA-Z=]+)=[a-zA-Z]$|(^|,){NAME}[=∈](?![a-zA-Z]*$)", r"\1\2", "[=∈]"),  # x=2 -> 2
+    (r"\\text\{(for|where|with)\b[^{}]*\}.*$|(?<=[\w)}])\\text\{(?!.?illion|doz|squared|or|,)"
+     r"[^{}]*\}(\^\{\d\})?(?=,|$)", "", r"\\text"),  # 27\text{miles} -> 27
+    (r"(?<![^,])(?:([^<≤,]+)([<≤]))?\\?[a-zA-Z](?:([<≤])([^<≤,]+))?(?![^,])", lambda m:
+     "[("[m[2] != "≤"] + f"{m[1] or '-∞'},{m[4] or '∞'}" + "])"[m[3] != "≤"], "[<≤]"),  # x<2
 ]  # fmt: skip
-FUNCTIONS = {"\\" + name: f for name, f in vars(cmath).items() if callable(f)}  # \sin, \sqrt, ...
-FUNCTIONS |= {r"\ln": cmath.log, "!": lambda n: complex(math.gamma(n + 1))}
-CONSTANTS = {"e": complex(math.e), "i": 1j, r"\pi": complex(math.pi)}
-SIGNS: dict[type, Any] = {ast.Add: operator.add, ast.Mult: operator.mul, ast.Div: operator.truediv}
-SIGNS |= dict.fromkeys([ast.Sub, ast.Eq], operator.sub)
-TOKEN = r"\\text\{[^{}]*\}|\d+\.?\d*(?!_)|\.\d+|[a-zA-Z]{2,}(?: [a-zA-Z]+)+|[a-zA-Z]{4,}|ii+|"
-TOKEN += r"(?:\\[a-zA-Z]+|[a-zA-Z]'*|\d+)(?:_\{[^{}]*\})?'*|\S"
-PYTHON = {"^": "**", "{": " (", "}": ")", "«": "{", "»": "}", "[": "'['*(", "]": ")*']'", "=": "=="}
-PYTHON |= {f: f"{f!r}**" for f in FUNCTIONS} | {s: s for s in "+-*/<(),"} | {"≤": "<="}
-PYTHON |= dict.fromkeys(["≠", ":", "|", r"\in"], " is ")
+TOKEN = r"\\?(text\{[^{}]*\}|(?:\d*\.\d{1,8}|\d+)(?:[eE](?:\d\d?|-\d\d))?(?!\d)|(?:"
+TOKEN += rf"(?<=\\)[a-zA-Z]+|{FUNCTION}|[a-zA-Z]{{4,}}|[a-zA-Z])'*(?:_\{{[^{{}}]*\}})?'*|\S)"
+FUNCTIONS: dict = {"+": pos, "-": neg, "!": lambda n: math.gamma(n + 1), "ln": cmath.log}
+FUNCTIONS |= {f: getattr(cmath, f) for f in ("sqrt", "sin", "cos", "tan", "exp", "log")}
+CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi}
+BRACKETS = {"()": "(#)", "[]": "[#]", "(]": "(#]", "[)": "[#)", "{}": "{}", "«»": "{}"}
+SIGNS: dict = {"+": add, "-": sub, "=": sub, "*": mul, "/": truediv, "^": pow}
+BINDS = dict.fromkeys(FUNCTIONS, 3) | dict.fromkeys(")]}»,_|.0123456789", 0)  # 2x: 4
+BINDS |= {**dict.fromkeys("=<≤≠:∈", 1), "+": 2, "-": 2, "*": 3, "/": 3, "(": 3, "^": 5}
 
 
 def find_boxes(text: str) -> list[str]:
@@ -427,8 +418,8 @@ def math_reward(completion: str, answer: str) -> float:
     r"""1.0 if the last \boxed{} of the completion holds the answer, else 0.0; fast for any texts.
 
     Both get one spelling, then stand for numbers, exact or to ten digits. Letters are random ones:
-    formulas equal at two points are equal (Schwartz, Zippel). Prose and what is no formula is
-    compared as text. It does not know that sin(pi) is 0, nor |-3|, sums, integrals, 0.333...
+    formulas equal at two points are equal (Schwartz, Zippel). What is no formula is compared as
+    text. It does not know |-3|, 0.333..., sums, integrals, nor that sin(pi) is exactly 0.
     """
     given, gold = extract_boxed(completion[-100_000:]) or "", answer.strip()
     if given == gold or max(len(given), len(gold)) > 400:
@@ -436,66 +427,53 @@ def math_reward(completion: str, answer: str) -> float:
     for pattern, by, *sign in SPELLINGS:
         if not sign or bool(re.search(sign[0], given)) != bool(re.search(sign[0], gold)):
             given, gold = re.sub(pattern, by, given), re.sub(pattern, by, gold)
-    if given == gold or ("=" in given) != ("=" in gold) or len(given + gold) > 1500:
-        return float(given == gold != "")
+    unit = Fraction(100) ** (("%" in given) - ("%" in gold))  # 50% is 50, or 0.5
     try:
-        trees = formula(given), formula(gold)
-        a, b, c, d = (value(tree, point) for point in "pq" for tree in trees)
+        (a, b), (c, d) = [(value(given, point), value(gold, point)) for point in "pq"]
         if "=" in gold and a != c and b != d:  # an equation is the same times a factor
             a, b, c, d = a * d, b * c, 1, 1
-        e = 1e-10 if isinstance(a - b, complex) else 0
-        scales = 1, Fraction(100) ** (("%" in given) - ("%" in gold))  # 50% is 50, or 0.5
-        near = [abs(a - b * k) <= e * abs(a) for k in scales if abs(c - d * k) <= e * abs(c)]
-        return float(any(near))
-    except Exception:  # SyntaxError, ZeroDivisionError, RecursionError, ...: not a formula
-        return 0.0
+        e = 0 if isinstance(a - b, Fraction) else 1e-10
+        near = [abs(a - b * k) <= e * abs(a) and abs(c - d * k) <= e * abs(c) for k in (1, unit)]
+        return float(any(near) and ("=" in given) == ("=" in gold))
+    except Exception:  # IndexError, ZeroDivisionError, OverflowError, ...: not a formula
+        return float(given == gold != "")
 
 
-def formula(text: str) -> ast.expr:
-    """An answer as Python's syntax tree, in which all symbols are strings. Nothing is executed."""
-    source = ""
-    for token in re.findall(TOKEN, text.replace("%", " "), re.ASCII):
-        piece = PYTHON.get(token) or repr(token)
-        if source[-1:] in ("'", '"', ")", "}") and piece[0] in "'\"({":  # 2x, but not 1 2
-            source += "?" if token[0].isdigit() else "*"
-        source += piece
-    return ast.parse(f"[{source}]", mode="eval").body
+def value(text: str, point: str) -> Any:
+    """The number that a formula stands for, its letters being random numbers: a Pratt parser."""
+    tokens = [")", "}", *re.findall(TOKEN, text.replace("%", " "), re.ASCII)[::-1], "{"]  # a stack
 
+    def number(name: str, *items: Any) -> Any:  # of a letter; of (a, b), f{a}, a < b; of a set
+        base = Fraction(Random(name + point).randint(1, 30_000), 10_007)
+        return base + math.prod(number(name.replace("#", str(i))) - a for i, a in enumerate(items))
 
-def value(node: Any, point: str) -> Any:
-    """The number of a tree: of a tuple, a product of random w_i - part_i; of a set, w - part."""
-    of = partial(value, point=point)
-    match node:
-        case ast.Constant(str(name)) if re.fullmatch(r"\d+|\d*\.\d{1,8}", name, re.ASCII):
-            return Fraction(name)
-        case ast.Constant(str(name)):
-            return CONSTANTS.get(name) or Fraction(Random(name + point).randint(1, 30_000), 10_007)
-        case ast.UnaryOp(sign, a):
-            return -of(a) if isinstance(sign, ast.USub) else of(a)
-        case ast.BinOp(ast.Constant(str(name)), ast.Pow(), x) if name in FUNCTIONS:
-            return FUNCTIONS[name](of(x))
-        case ast.BinOp(a, sign, b) | ast.Compare(a, [ast.Eq() as sign], [b]):
-            a, b = of(a), of(b)
-            exact, small, large = not isinstance(a + b, complex), *sorted([abs(a), abs(b)])
-            lost = not exact and small < 1e-9 * large and type(sign) in (ast.Add, ast.Sub, ast.Eq)
-            if lost or len(f"{a}{b}") > 2000:
+    def formula(level: int) -> Any:  # reads on while signs bind more tightly than level
+        token = tokens.pop()
+        if token in ("(", "[", "{", "«"):
+            items = [formula(0)]
+            while (end := tokens.pop()) == ",":
+                items.append(formula(0))
+            one = len(items) == 1 and token + end in ("()", "{}")
+            a = items[0] if one else number(BRACKETS[token + end], *items)
+        elif token == "frac":
+            a = formula(5) / formula(5)
+        elif token in FUNCTIONS:
+            a = FUNCTIONS[token](formula(5 if tokens[-1] in "([{" and token not in "+-" else 3))
+        else:
+            a = Fraction(token) if token[-1].isdigit() else CONSTANTS.get(token) or number(token)
+            while tokens[-1] == "{":
+                a = number("f#", a, formula(5))
+        while (rank := BINDS.get(tokens[-1], BINDS.get(tokens[-1][0], 4))) > level:
+            sign = tokens.pop() if tokens[-1] in SIGNS or rank == 1 else "*"
+            b = formula(4 if rank > 2 else rank)
+            digits = len(str(a)) * abs(b) if sign == "^" else len(f"{a}{b}")
+            safe = isinstance(a + b, Fraction) or rank > 2 or not (a and b)
+            if digits > 4000 or not (safe or 1e-9 < abs(a / b) < 1e9):
                 raise ValueError("digits would be lost, or too many")
-            if isinstance(sign, ast.Pow):
-                exact = exact and b.denominator == 1 and len(str(a)) * abs(b) < 1500
-                return a ** int(b) if exact else complex(a) ** complex(b) or math.nan
-            return SIGNS[type(sign)](a, b)
-        case ast.Call(ast.Call(ast.Constant(r"\frac"), [a]), [b]):
-            return of(ast.BinOp(a, ast.Div(), b))
-        case ast.Call(a, others) | ast.Compare(a, _, others):
-            signs = str([type(sign) for sign in getattr(node, "ops", "")])
-            return of(ast.Tuple([ast.Constant(signs), a, *others]))
-        case ast.List([a]):
-            return of(a)
-        case ast.List(items) | ast.Set(items) if items:
-            return math.prod(of(ast.Constant("{}")) - of(item) for item in items)
-        case ast.Tuple(items) if items:
-            return 1 + math.prod(of(ast.Constant(f"({i}")) - of(a) for i, a in enumerate(items))
-    raise ValueError("not a formula")
+            a = SIGNS[sign](a, b) if sign in SIGNS else number("#" + sign, a, b)
+        return a
+
+    return formula(0)
 
 
 # 4 Model ==========================================================================================
@@ -552,9 +530,11 @@ def check_model(model: Model) -> None:
         model.set_attn_implementation("sdpa")  # whatever its config.json says
         ids = torch.arange(8)[None] % model.get_input_embeddings().num_embeddings  # (1, 8)
         logits = model(input_ids=ids, use_cache=False).logits  # (1, 8, V)
-        for module in model.modules():  # transformers takes eight operations for each, GPUs one
-            if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-                module.forward = partial(rms_norm, module)
+        for norm in model.modules():  # transformers' own takes eight operations, this one takes one
+            if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
+                shape, eps = norm.weight.shape, norm.variance_epsilon
+                fused = partial(nn.functional.rms_norm, normalized_shape=shape, weight=norm.weight)
+                norm.forward = partial(fused, eps=eps)
         *_, (hidden, _, attention, _, ffn) = residual_stream(model, ids)  # of block L
         if not close(policy_logits(model, hidden + attention + ffn), logits):
             raise ValueError("its logits are not lm_head(norm(H^L)), H^l = H^(l-1) + A^l + F^l")
@@ -564,12 +544,6 @@ def check_model(model: Model) -> None:
         scored, _ = token_logps(model, *pad(sequences, "cpu"), len(model.get_decoder().layers))
         if not close(torch.tensor([logp for c in completions for logp in c.logps]), scored):
             raise ValueError("with a cache it computes something else than without")
-
-
-def rms_norm(module: Any, hidden: Tensor) -> Tensor:
-    """h / sqrt(mean(h^2) + eps) * weight, over the last dimension of `hidden`."""
-    weight = module.weight
-    return nn.functional.rms_norm(hidden, weight.shape, weight, module.variance_epsilon)
 
 
 def tiny_model(seed: int) -> tuple[Model, Tokenizer]:
@@ -660,7 +634,7 @@ class Completion:
     """A sampled completion."""
 
     ids: list[int] = field(default_factory=list)  # with the end token
-    logps: list[float] = field(default_factory=list)  # as sampled: for a check, never as log pi_old
+    logps: list[float] = field(default_factory=list)  # while sampling; to check, not log pi_old
     entropies: list[float] = field(default_factory=list)  # of pi, in nats
     ended: bool = False  # by an end token, not by the length limit
 
@@ -707,7 +681,7 @@ def read_prompts(model: Model, prompts: list[list[int]], cache: SlotCache, first
     as many as there are slots, at most slots / 8 different ones, since reading takes memory.
     Returns the hidden states (n, D) of their last tokens."""
     different: list[list[int]] = []  # k of them
-    owner = []  # the number of each prompt among them
+    owner = []  # for each prompt, its index among them
     for prompt in prompts[: cache.slots - first]:
         if prompt not in different:
             if len(different) == max(1, cache.slots // 8):
@@ -761,8 +735,8 @@ def sample(
     progress = tqdm(total=len(prompts), desc=bar, leave=False, disable=not bar)
     while running or entered < len(prompts):
         # Prompts enter, several at a time, which is faster.
-        waiting = prompts[entered:]
-        if waiting and cache.slots - len(running) >= min(len(waiting), max(1, cache.slots // 8)):
+        waiting, free = prompts[entered:], cache.slots - len(running)
+        if waiting and free >= min(len(waiting), max(1, cache.slots // 8)):
             last = read_prompts(model, waiting, cache, len(running))  # (n, D)
             running += range(entered, entered + len(last))
             entered, hidden = entered + len(last), torch.cat([hidden, last])
@@ -770,7 +744,8 @@ def sample(
         # Each row draws a token.
         drawn = draw(policy_logits(model, hidden), temperature, generator)  # (n,) each
         going = []
-        for i, token, logp, entropy in zip(running, *torch.stack(drawn).tolist(), strict=True):
+        numbers = torch.stack(drawn).tolist()  # as float32: one transfer
+        for i, token, logp, entropy in zip(running, *numbers, strict=True):
             c = completions[i]
             c.ids.append(int(token))
             c.logps.append(logp)
@@ -802,7 +777,7 @@ def sample(
 
 # 6 Internal policies ==============================================================================
 
-HEAD_TOKENS = 1024  # have logits at a time: those of all tokens, (B, T, V), would fill any GPU
+HEAD_TOKENS = 1024  # that get logits at a time: (B, T, V), those of all, would fill any GPU
 
 
 def internal_hidden(
@@ -815,7 +790,7 @@ def internal_hidden(
     hidden = model.get_input_embeddings()(ids)  # (B, T, D)
     position = cache.position if cache else torch.arange(ids.shape[1], device=ids.device)[None]
     rotary, mask = model.get_decoder().rotary_emb(hidden, position), cache.mask if cache else None
-    for block in model.get_decoder().layers[:layer]:  # whose attention is causal without a mask
+    for block in model.get_decoder().layers[:layer]:  # without a mask, attention is causal
         run = partial(checkpoint, block, use_reentrant=False) if recompute else block
         hidden = run(hidden, mask, None, cache, position_embeddings=rotary)  # None: position ids
     return hidden
@@ -843,7 +818,8 @@ def micro_batches(
     """Split the sequences of the given indices, or all, into micro-batches of indices. Padded to
     its longest sequence, each holds at most `tokens` tokens, or is one sequence."""
     lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
-    micros: list[tuple[int, ...]] = []  # shortest first, so that little of them is padding
+    micros: list[tuple[int, ...]] = []
+    # Shortest first, so that little of them is padding.
     for i in sorted(range(len(lengths)) if indices is None else indices, key=lengths.__getitem__):
         if not micros or (len(micros[-1]) + 1) * lengths[i] > tokens:
             micros.append(())
@@ -938,7 +914,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """min(rho A, clip(rho, 1 - eps, 1 + eps) A) per token, to be maximized: Eq. 9; at l = L, Eq. 3.
     All of one shape. rho = pi^l_new / pi^l_old, both of the policy being optimized, is how far the
-    updates on this rollout have moved it. Nothing corrects for completions that come from pi."""
+    updates on this rollout have moved it. There is no importance weight, pi^l / pi."""
     ratio = (logps - old_logps).exp()
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
@@ -959,8 +935,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def evaluate(
     model: Model, tokenizer: Tokenizer, problems: list[Problem], config: Config
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """avg@k and pass@1..k of pi, from k completions of each problem, and these; always from the
-    same random stream, its own. eval_se is the standard error of eval_avg over problems."""
+    """avg@k and pass@1..k of pi, from k completions of each problem, and the completions;
+    always from the same random stream. eval_se: standard error of eval_avg over problems."""
     k, samples = config.eval_k, []
     asked = [problem for problem in problems for _ in range(k)]
     completions, sequences = rollout(model, tokenizer, asked, config, "evaluation")
@@ -1003,7 +979,7 @@ def train(config: Config, resume: bool = False) -> Path:
     if held_out and state["step"] == 0:
         evaluate_and_log(0, model, tokenizer, held_out, config)
     history: list[dict[str, Any]] = []
-    num_layers = len(model.get_decoder().layers)
+    low = num_layers = len(model.get_decoder().layers)
     steps = range(state["step"] + 1, config.steps + 1)
     bar = tqdm(steps, "training", config.steps, initial=state["step"], disable=not steps)
     try:
@@ -1023,8 +999,9 @@ def train(config: Config, resume: bool = False) -> Path:
             advantages = group_advantages(torch.tensor(rewards).view(-1, config.group_size))
 
             # 4 Choose the policy to optimize: pi^l in phase 1, then pi.
-            low = num_layers if config.internal_layer == "auto" else int(config.internal_layer)
-            if config.internal_layer == "auto" and step <= config.internal_steps:
+            if config.internal_layer != "auto":
+                low = int(config.internal_layer)
+            elif step <= config.internal_steps:
                 state["boundary"] = state["boundary"] or find_boundary(model, sequences, config)
                 low = state["boundary"]
             layer = optimized_layer(step, config.internal_steps, low, num_layers)
@@ -1172,7 +1149,8 @@ class MasterAdamW:
     its own master. AdamW's defaults are the paper's settings."""
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, where: str):
-        """`model` has float32 weights, which become the masters, and leaves with `dtype`."""
+        """`model` has float32 weights, which become the masters, and leaves with `dtype`. auto: the
+        GPU if weights, masters, gradients and moments, 18 bytes in all, fit into half of it."""
         self.weights, self.device = list(model.parameters()), torch.device("cpu")
         size = sum(weight.numel() for weight in self.weights)
         if device.type == "cuda" and where != "cpu":
@@ -1185,8 +1163,8 @@ class MasterAdamW:
                 weight.register_post_accumulate_grad_hook(partial(self.take, master))
         place(model, device, dtype)
         self.adam = torch.optim.AdamW(self.masters, fused=True)
-        where = f"{dtype} on {device}, masters on {self.device}".replace("torch.", "")
-        tqdm.write(f"Model       {type(model).__name__}, {size / 1e6:.1f} M parameters, {where}")
+        kind = f"{type(model).__name__}, {size / 1e6:.1f} M parameters, {dtype} on {device}"
+        tqdm.write(f"Model       {kind}, masters on {self.device}".replace("torch.", ""))
 
     @torch.no_grad()
     def take(self, master: Tensor, weight: Tensor) -> None:
@@ -1297,7 +1275,7 @@ def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
             torch.cuda.init()
             torch.cuda.set_device(device.index or 0)
             native = torch.cuda.is_bf16_supported(including_emulation=False)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape: each step
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, so each token
     if config.preset == "tiny":
         torch.set_num_threads(1)  # more make so small a model slower
     if config.optimizer_device == "cuda" and device.type == "cpu":
@@ -1378,7 +1356,7 @@ def save_checkpoint(
     with whole_folder(out / f"checkpoint-{state['step']}") as folder:
         masters = dict(zip(names, optimizer.masters, strict=True))
         model.save_pretrained(folder, state_dict=masters, max_shard_size="1TB")
-        model.config.dtype = "float32"
+        model.config.dtype = "float32"  # which the masters are, whatever the model computes in
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         logs = {file.name: file.read_text(encoding="utf-8") for file in out.glob("*.jsonl")}

@@ -7,12 +7,10 @@ The count is of bfloat16 and of the worst case: prompts and completions of full 
 out numbers of which there is one per token, and what only CUDA knows: its context, fragments.
 """
 
-import dataclasses
 import itertools
-import json
 import sys
-import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,11 +34,10 @@ SHAPES = {  # width, FFN, blocks, heads: huggingface.co/Qwen/Qwen3-1.7B/blob/mai
 }
 
 
-def qwen3(shape: tuple[int, ...], words: int = 151936) -> transformers.Qwen3Config:
-    hidden, ffn, blocks, heads = shape
-    size = dict(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=blocks)
-    size |= dict(num_attention_heads=heads, num_key_value_heads=8, head_dim=128, vocab_size=words)
-    return transformers.Qwen3Config(**size, tie_word_embeddings=shape != SHAPES["Qwen3-8B"])
+def qwen3(shape: tuple[int, ...], words: int = 151936, tied: bool = True) -> Any:
+    names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+    rest = dict(num_key_value_heads=8, head_dim=128, vocab_size=words, tie_word_embeddings=tied)
+    return transformers.Qwen3Config(**dict(zip(names, shape, strict=True)), **rest)
 
 
 def widths(c: Any) -> tuple[int, int, int, int, int]:
@@ -49,16 +46,9 @@ def widths(c: Any) -> tuple[int, int, int, int, int]:
     return c.hidden_size, c.intermediate_size, queries, keys, c.vocab_size
 
 
-def parameters(c: Any) -> int:
-    with torch.device("meta"):
-        return transformers.Qwen3ForCausalLM(c).num_parameters()
-
-
 def rollout(c: Any, rows: int, config: bupo.Config) -> int:
-    """Most bytes of `sample` beside the weights: the cache, and reading prompts or drawing tokens.
-
-    A prompt is read for 8 rows (a group), rows / 8 prompts at once.
-    """
+    """Most bytes of `sample` beside the weights: the cache, and reading prompts (each for a group
+    of 8 rows) or drawing tokens."""
     hidden, ffn, queries, keys, words = widths(c)
     columns = -(-(config.max_prompt_tokens + config.max_new_tokens) // 16) * 16
     cache = 2 * c.num_hidden_layers * rows * columns * keys * 2
@@ -69,16 +59,14 @@ def rollout(c: Any, rows: int, config: bupo.Config) -> int:
     return cache + max(reading, drawing)
 
 
-def update(c: Any, beside: bool, config: bupo.Config) -> int:
+def update(c: Any, size: int, beside: bool, config: bupo.Config) -> int:
     """Most bytes of `update` at l = L beside weights, masters and moments; at l < L it takes less.
-
-    Each block's input is kept, and one block's activations at a time (gradient checkpointing).
-    """
+    Each block's input is kept, and one block's activations at a time (gradient checkpointing)."""
     hidden, ffn, queries, keys, words = widths(c)
     length = config.max_prompt_tokens + config.max_new_tokens
     rows = max(1, config.micro_batch_tokens // length)
     tokens, scored = rows * length, rows * config.max_new_tokens
-    gradients = 4 * parameters(c) * beside
+    gradients = 4 * size * beside
     kept = 2 * tokens * hidden * c.num_hidden_layers
     head, states = 2 * words * hidden, 2 * scored * hidden
     chunk = min(bupo.HEAD_TOKENS, scored) * words
@@ -92,65 +80,63 @@ def update(c: Any, beside: bool, config: bupo.Config) -> int:
 
 def plan(name: str, card: int, config: bupo.Config) -> str:
     """A line of the table: what bupo.py chooses on this card, and the flag that must be given."""
-    c, total = qwen3(SHAPES[name]), card * USABLE
-    beside = 18 * (size := parameters(c)) <= total / 2  # as MasterAdamW decides
+    c, total = qwen3(SHAPES[name], tied=name != "Qwen3-8B"), card * USABLE
+    with torch.device("meta"):
+        size = transformers.Qwen3ForCausalLM(c).num_parameters()
+    beside = 18 * size <= total / 2  # as MasterAdamW decides
     always = (2 + 12 * beside) * size  # weights; masters and two moments
     free = total - CONTEXT - always
     length, most = config.max_prompt_tokens + config.max_new_tokens, config.micro_batch_tokens
-    tokens = [most, *(n for i in range(1, 9) if (n := most >> i) > length), min(most, length)]
-    tries = [dataclasses.replace(config, micro_batch_tokens=n) for n in tokens]
-    fitting = [t for t in tries if update(c, beside, t) <= SPARE * free]
-    if not fitting:
-        least = (always + update(c, beside, tries[-1]) / SPARE + CONTEXT) / 1e9
+    tries = [max(most >> i, min(most, length)) for i in range(9)]  # halves, down to one sequence
+    takes = {n: update(c, size, beside, replace(config, micro_batch_tokens=n)) for n in tries}
+    chosen = next((n for n in tries if takes[n] <= SPARE * free), None)
+    if not chosen:
+        least = (always + takes[tries[-1]] / SPARE + CONTEXT) / 1e9
         return f"| {name} | {card} | does not fit: {least:.1f} GB are the least | | | | |"
     model = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=c)
     with mock.patch.object(torch.cuda, "mem_get_info", return_value=(int(free), 0)):
         rows = bupo.rollout_rows(model, config.max_prompt_tokens, config)
     rows = min(rows, config.prompts_per_step * config.group_size)
-    needs = (always + max(update(c, beside, fitting[0]), rollout(c, rows, config))) / 1e9
-    chosen = fitting[0].micro_batch_tokens
+    needs = (always + max(takes[chosen], rollout(c, rows, config))) / 1e9
     flag = "none" if chosen == most else f"`--micro-batch-tokens {chosen}`"
     ram = (4 if beside else 16) * size / 1e9  # to load float32; masters, gradients, two moments
-    cells = name, card, "card" if beside else "CPU", rows, flag, f"{needs:.1f}", f"{ram:.0f}"
-    return f"| {' | '.join(map(str, cells))} |"
+    where = "card" if beside else "CPU"
+    return f"| {name} | {card} | {where} | {rows} | {flag} | {needs:.1f} | {ram:.0f} |"
 
 
 def measured(work: Callable[[], object]) -> int:
     """The most bytes that torch gave out on the CPU in work(), beyond what it had given out."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "trace.json")
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            work()
-        seen.export_chrome_trace(str(file))
-        events = [e for e in json.loads(file.read_text())["traceEvents"] if e["name"] == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    return max(itertools.accumulate(event["args"]["Bytes"] for event in events))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
 
 
-def check(c: transformers.Qwen3Config) -> None:
+def check() -> None:
     """Print what a rollout and an update of a small random model take, measured and counted."""
+    c = qwen3((256, 8192, 2, 8), words=16000)
     model = transformers.Qwen3ForCausalLM(c).eval()
     bupo.check_model(model)
     optimizer = bupo.MasterAdamW(model, torch.device("cpu"), torch.bfloat16, "auto")
-    few = dict(max_prompt_tokens=112, max_new_tokens=16, micro_batch_tokens=1024)
-    config = bupo.Config("x/y", prompts_per_step=2, mini_batch=2, **few)
-    sequences = [([i // 8, *range(111)], list(range(16))) for i in range(16)]
-    asked = [prompt for prompt, _ in sequences], config.max_new_tokens, set(), 1.0, 16
-    given = sequences, torch.tensor([1.0, -1.0] * 8), c.num_hidden_layers, 1e-6, config
-    bupo.update(model, optimizer, *given)  # makes the moments
-    works = {"rollout": (lambda: bupo.sample(model, *asked), rollout(c, 16, config))}
-    works["update"] = lambda: bupo.update(model, optimizer, *given), update(c, True, config)
-    for name, (work, counted) in works.items():
-        got = measured(work)
-        print(f"{c.vocab_size} words, {name}: {got / 1e6:.2f} MB, {counted / got:.3f} counted")
+    size = dict(max_prompt_tokens=112, max_new_tokens=16, prompts_per_step=2, mini_batch=2)
+    config = bupo.Config("x/y", **size, micro_batch_tokens=1024)
+    prompts = [[i // 8, *range(111)] for i in range(16)]
+    rest = [(p, list(range(16))) for p in prompts], torch.tensor([1.0, -1.0] * 8), 2, 1e-6, config
+    bupo.update(model, optimizer, *rest)  # makes the moments
+    sampled = measured(lambda: bupo.sample(model, prompts, 16, set(), rows=16))
+    updated = measured(lambda: bupo.update(model, optimizer, *rest))
+    counts = rollout(c, 16, config), update(c, model.num_parameters(), True, config)
+    for name, got, count in zip(("rollout", "update"), (sampled, updated), counts, strict=True):
+        print(f"{name}: {got / 1e6:.2f} MB, {count / got:.3f} counted")
 
 
-def main() -> Any:
+def main() -> None:
     if "--check" in sys.argv:
-        return [check(qwen3((256, 8192, 2, 8), words)) for words in (2000, 16000)]
+        return check()
     config, _ = bupo.parse(["--model", "Qwen/Qwen3-1.7B", *sys.argv[1:]])
     print("| model | card, GB | masters on | rows | flags to give | needs, GB | RAM, GB |")
-    print("| --- " * 7 + "|")
+    print(7 * "| --- " + "|")
     for name, card in itertools.product(SHAPES, CARDS):
         print(plan(name, card, config))
 

@@ -5,6 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -26,27 +27,22 @@ def plain_model(folder: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def authors_logps(model, ids: Tensor, mask: Tensor, layer: int, temperature: float) -> Tensor:
+def authors_logps(model, ids: Tensor, mask: Tensor, layer: int, *rest: Any) -> tuple[Tensor, None]:
     """log pi^l (N,) as in their code: all blocks, all hidden states, both full logit matrices."""
     out = model(input_ids=ids, use_cache=False, output_hidden_states=True)
     internal = bupo.policy_logits(model, out.hidden_states[layer])  # (B, T, V)
-    both = [logits.float() / temperature for logits in (out.logits, internal)]  # pi's go unused
+    both = [logits.float() for logits in (out.logits, internal)]  # pi's go unused
     logps = both[1][:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]  # (B, T-1)
-    return logps[mask[:, 1:]]
+    return logps[mask[:, 1:]], None
 
 
 def authors_update(model, optimizer, sequences, advantages, layer, lr, config) -> None:
-    """`bupo.update` their way, with the same mini-batches, each of which fits a micro-batch."""
-    size = config.mini_batch * config.group_size
-    parts = [range(i, i + size) for i in range(0, len(sequences), size)]
-    batches = [bupo.pad([sequences[i] for i in part], model.device) for part in parts]
+    """`bupo.update` their way, which scores the first mini-batch before its update, too."""
+    first = sequences[: config.mini_batch * config.group_size]
     with torch.no_grad():
-        old = [authors_logps(model, *batch, layer, config.temperature) for batch in batches]
-    for part, (ids, mask), old_logps in zip(parts, batches, old, strict=True):
-        logps = authors_logps(model, ids, mask, layer, config.temperature)
-        advantage = advantages[list(part)].to(model.device).repeat_interleave(mask.sum(-1))
-        (-bupo.clipped_surrogate(logps, old_logps, advantage, config.clip).mean()).backward()
-        optimizer.step(lr)
+        authors_logps(model, *bupo.pad(first, model.device), layer)
+    with mock.patch.object(bupo, "token_logps", authors_logps):
+        bupo.update(model, optimizer, sequences, advantages, layer, lr, config)
 
 
 def by_generate(model, prompts: list[list[int]], lengths: list[int], cache: str) -> list[int]:
@@ -64,10 +60,8 @@ def by_generate(model, prompts: list[list[int]], lengths: list[int], cache: str)
 
 
 def by_continuous_batching(model, prompts: list[list[int]], lengths: list[int]) -> list[int]:
-    """The engine of `generate_batch`, which takes no length for each row, but here one can.
-
-    On a CPU its cache is as large as all sequences: its default is most of the memory.
-    """
+    """The engine of `generate_batch`, which takes no length for each row, but here one can. On a
+    CPU its cache is as large as all sequences: its default is most of the memory."""
     blocks = (sum(map(len, prompts)) + sum(lengths)) // 64 + 2 * len(prompts)
     small = dict(page_size=64, num_blocks=blocks, max_batch_tokens=512)
     cache = dict(max_memory_percent=0.5) if GPU else small
@@ -109,14 +103,13 @@ def trl_steps(turn: Any, s: dict[str, Any], continuous: bool) -> None:
     import trl
 
     updates = s["prompts_per_step"] // s["mini_batch"]
-    generation: dict[str, Any] = dict(generation_kwargs=dict(min_new_tokens=s["tokens"]))
-    if continuous:  # it takes no minimum, so no token is the end; its default cache is too large
-        cache = {} if GPU else dict(num_blocks=128, page_size=64, max_batch_tokens=512)
-        generation = dict(generation_kwargs=dict(eos_token_id=-1))
-        generation["use_transformers_continuous_batching"] = True
-        generation["transformers_continuous_batching_config"] = cache
+    # Continuous batching takes no minimum, so no token is the end; its default cache is too large.
+    ends: dict[str, Any] = dict(eos_token_id=-1) if continuous else dict(min_new_tokens=s["tokens"])
+    cache = {} if GPU else dict(num_blocks=128, page_size=64, max_batch_tokens=512)
+    generation = dict(generation_kwargs=ends, use_transformers_continuous_batching=continuous)
+    generation |= dict(transformers_continuous_batching_config=cache if continuous else None)
 
-    def rewards(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         if any(len(ids) != s["tokens"] for ids in completion_ids):
             raise RuntimeError("TRL gave completions of other lengths than asked for.")
         return [float(i % 2) for i in range(len(completion_ids))]
@@ -137,7 +130,7 @@ def trl_steps(turn: Any, s: dict[str, Any], continuous: bool) -> None:
     with tempfile.TemporaryDirectory() as out:
         trl.GRPOTrainer(
             model=plain_model(s["model"], torch.float32),
-            reward_funcs=rewards,
+            reward_funcs=reward,
             args=trl.GRPOConfig(output_dir=out, **size, **method, **how, **quiet, **generation),
             train_dataset=datasets.Dataset.from_list([dict(prompt=p) for p, _ in s["problems"]]),
             processing_class=transformers.AutoTokenizer.from_pretrained(s["model"]),
