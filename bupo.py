@@ -22,7 +22,7 @@ collapse.
      3 Reward                    123 lines  math_reward
      4 Model                     150 lines  load_model, check_model; the tiny model
      5 Rollouts                  149 lines  SlotCache, sample
-     6 Internal policies         125 lines  internal_hidden, policy_logits, token_logps
+     6 Internal policies         124 lines  internal_hidden, policy_logits, token_logps
      7 Objective                  24 lines  group_advantages, clipped_surrogate
      8 Evaluation                 32 lines  pass_at_k, evaluate
      9 Training                  296 lines  train, update, MasterAdamW
@@ -370,12 +370,12 @@ GROUP = r"\{(?:[^{}\\]|\\.|" * 9 + r"\\." + r")*\}" * 9  # {...}, with braces ne
 FUNCTION = r"(?:sqrt|sin|cos|tan|exp|log|ln|pi)(?![a-z])"
 NAME = rf"(?:\\(?!frac|cot|{FUNCTION})[a-z]+(?![a-z])|_?\{{[^{{}}]*\}}|[a-zA-Z'(), ])+"
 SPELLINGS: list[tuple] = [  # what, by what[, a sign: only if exactly one of the two answers has it]
-    (r",\\! *|\{,\}|\^ ?(\{ ?\\circ ?\}|\\circ)|\[\w+pt\]|\{[pb]?matrix\}|\\\\\s*(?=\\end)", ""),
+    (r",\\! *|\{,\}|\^ ?(\{\\circ\}|\\circ)|\[\w+pt\]|\{[pb]?matrix\}|\\\\ ?(?=\\end)", ""),
     (r"\\[a-zA-Z]+|\\.|\.{3}|\*\*|.", lambda m: SYNONYM.get(m[0], m[0])),  # \dfrac1π -> \frac1\pi
     (r"(^|(?<==)) *-?\d{1,3}([, ]\d{3})+(?![\d,])", lambda m: re.sub("[, ]", "", m[0])),  # 4,000
     (r"[\s.,:]+$|\s+(?![a-zA-Z0-9\s])|(?<![a-zA-Z0-9])\s+", ""),  # 2 x + y. -> 2 x+y
     (r",?(\\text\{,?(and|or)\}| ?\b(and|or)\b ?)", ","),  # x=1\text{or}x=2 -> x=1,x=2
-    (r"=(?=[^{}]*\}|[^,]*=)", ":"), (r"([A-Z])\^\{?(T|-1)\}?", r"\1:\2:"),  # \sum_{k=1}; A^T B
+    (r"=(?=[^{}]*\}|[^,]*=)", ":"), (r"([A-Z])\^\{?(T|-1)\}?", r"\1:\2:"),  # \sum_{k:1}, A:T:B
     (rf"^\\text\{{([^{{}}]*?)\.?\}}$|\\text\{{([ei]|[\d.]+|{FUNCTION})\}}", r"\1\2"),  # \text{i}
     (r"(_|\^|\\mathbb|\\sqrt) ?(\d+|\w)|(\\frac) ?(\d)", r"\1\3{\2\4}"),  # \frac1x -> \frac{1}x
     (rf"\\sqrt\[(\w+)\]({GROUP}|\w)", r"(\2^{1/\1})"),  # \sqrt[3]{x} -> ({x}^{1/3})
@@ -385,7 +385,7 @@ SPELLINGS: list[tuple] = [  # what, by what[, a sign: only if exactly one of the
     (rf"(?<=[\d)}}]) ?(?![abcxyz]{{3}}|{FUNCTION})(([ckm]m|[a-zA-Z]{{3}})[a-zA-Z ]*)$",
      r"\\text{\1}"), (r"^[a-zA-Z ]{2,}$", lambda m: rf"\text{{{m[0].lower()}}}"),  # 5 miles, Yes
     (r"(?<![^,])[^,]*[>≥][^,]*", lambda m: "".join(re.split("([>≥])", m[0])[::-1])),  # 2>x -> x>2
-    (">", "<"), ("≥", "≤"), (r"(?<![^,«])([^,«»]*)±([^,«»]*)", r"\1+\2,\1-\2"),  # 1±x
+    (">", "<"), ("≥", "≤"), (r"(?<![^,«])([^,«»]*)±([^,«»]*)", r"\1+\2,\1-\2"),  # 1±x -> 1+x,1-x
     (rf"^([^a-zA-Z=]+)=[a-zA-Z]$|(^|,){NAME}[=∈](?![a-zA-Z]*$)", r"\1\2", "[=∈]"),  # x=2 -> 2
     (r"\\text\{(for|where|with)\b[^{}]*\}.*$|(?<=[\w)}])\\text\{(?!.?illion|doz|squared|or|,)"
      r"[^{}]*\}(\^\{\d\})?(?=,|$)", "", r"\\text"),  # 27\text{miles} -> 27
@@ -394,12 +394,12 @@ SPELLINGS: list[tuple] = [  # what, by what[, a sign: only if exactly one of the
 ]  # fmt: skip
 TOKEN = r"\\?(text\{[^{}]*\}|(?:\d*\.\d{1,8}|\d+)(?:[eE](?:\d\d?|-\d\d))?(?!\d)|(?:"
 TOKEN += rf"(?<=\\)[a-zA-Z]+|{FUNCTION}|[a-zA-Z]{{4,}}|[a-zA-Z])'*(?:_\{{[^{{}}]*\}})?'*|\S)"
-FUNCTIONS: dict = {"+": pos, "-": neg, "!": lambda n: math.gamma(n + 1), "ln": cmath.log}
-FUNCTIONS |= {f: getattr(cmath, f) for f in ("sqrt", "sin", "cos", "tan", "exp", "log")}
-CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi}
+FUNCTIONS: dict = {name: f for name, f in vars(cmath).items() if callable(f)}  # sin, sqrt, ...
+FUNCTIONS |= {"+": pos, "-": neg, "!": lambda n: math.gamma(n + 1), "ln": cmath.log}
+CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi}  # other letters are random
 BRACKETS = {"()": "(#)", "[]": "[#]", "(]": "(#]", "[)": "[#)", "{}": "{}", "«»": "{}"}
 SIGNS: dict = {"+": add, "-": sub, "=": sub, "*": mul, "/": truediv, "^": pow}
-BINDS = dict.fromkeys(FUNCTIONS, 3) | dict.fromkeys(")]}»,_|.0123456789", 0)  # 2x: 4
+BINDS = dict.fromkeys(FUNCTIONS, 3) | dict.fromkeys(")]}»,_|.0123456789", 0)  # how tightly; 2x: 4
 BINDS |= {**dict.fromkeys("=<≤≠:∈", 1), "+": 2, "-": 2, "*": 3, "/": 3, "(": 3, "^": 5}
 
 
@@ -422,7 +422,7 @@ def math_reward(completion: str, answer: str) -> float:
     text. It does not know |-3|, 0.333..., sums, integrals, nor that sin(pi) is exactly 0.
     """
     given, gold = extract_boxed(completion[-100_000:]) or "", answer.strip()
-    if given == gold or max(len(given), len(gold)) > 400:
+    if given == gold or max(len(given), len(gold)) > 300:
         return float(given == gold != "")
     for pattern, by, *sign in SPELLINGS:
         if not sign or bool(re.search(sign[0], given)) != bool(re.search(sign[0], gold)):
@@ -440,7 +440,7 @@ def math_reward(completion: str, answer: str) -> float:
 
 
 def value(text: str, point: str) -> Any:
-    """The number that a formula stands for, its letters being random numbers: a Pratt parser."""
+    """The number that a formula stands for at a point of random letters, by a Pratt parser."""
     tokens = [")", "}", *re.findall(TOKEN, text.replace("%", " "), re.ASCII)[::-1], "{"]  # a stack
 
     def number(name: str, *items: Any) -> Any:  # of a letter; of (a, b), f{a}, a < b; of a set
@@ -848,9 +848,8 @@ def token_logps(
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         logps = (policy_logits(model, hidden, norm).float() / temperature).log_softmax(-1)  # (n, V)
-        fixed = logps.detach()
-        entropies = -(fixed.exp() * fixed).sum(-1) if entropy else None  # (n,) Eq. 7
-        return logps.gather(-1, targets[:, None])[:, 0], entropies
+        chosen, fixed = logps.gather(-1, targets[:, None])[:, 0], logps.detach()
+        return chosen, -(fixed.exp() * fixed).sum(-1) if entropy else None  # (n,) each; Eq. 7
 
     chunks = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
     scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
