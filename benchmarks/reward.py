@@ -2,7 +2,8 @@ r"""How fast and how right is the reward? (pip install math-verify; no GPU; abou
 
 1. Seconds for 1,000 fair pairs and for all hostile ones, and the slowest single pair.
 2. How many re-spelled golds are accepted (should be all) and golds with one symbol changed (should
-   be none): ours on all of them, then ours and math-verify on a sample of 200, or as many as given.
+   be none): ours on all of them, then ours, exact match (but for spaces) and math-verify on a
+   sample of 200, or as many as given.
 Needs the authors' problem files in ../shared/data; without them it uses a few built-in answers.
 """
 
@@ -25,6 +26,10 @@ SECONDS = 5  # a call of math-verify that takes longer counts as a refusal
 
 def ours(answer: str, gold: str) -> bool:
     return bupo.math_reward(rf"\boxed{{{answer}}}", gold) == 1.0
+
+
+def exact(answer: str, gold: str) -> bool:
+    return "".join(answer.split()) == "".join(gold.split())
 
 
 def theirs(answer: str, gold: str) -> bool:
@@ -72,7 +77,8 @@ def main(count: int) -> None:
     short = [text[:395] for text in hostile]
     timed("hostile", [(text, rng.choice(short)) for text in hostile + short])
 
-    graders: dict[str, Callable[[str, str], bool]] = {"ours": ours, "math-verify": MathVerify()}
+    graders: dict[str, Callable[[str, str], bool]] = {"ours": ours, "exact match": exact}
+    graders["math-verify"] = MathVerify()
     for name, pairs in (("re-spelled golds", spelled), ("golds with one symbol changed", changed)):
         print(f"{len(pairs)} {name}, accepted: ours {sum(ours(*pair) for pair in pairs)}")
         sample = rng.sample(pairs, min(count, len(pairs)))
