@@ -366,7 +366,7 @@ SYNONYMS = {  # our spelling: those that it replaces; a set is «1,2», a matrix
     " ": r"$ \$ ~ ° \degree \left \right \bigl \bigr \, \: \; \! \( \) \quad \displaystyle \boxed",
 }  # fmt: skip
 SYNONYM = {old: new for new, olds in SYNONYMS.items() for old in olds.split()} | {"\\ ": " "}
-GROUP = r"\{(?:[^{}\\]|\\.|" * 9 + r"\\." + r")*\}" * 9  # {...}, with braces nested up to nine deep
+GROUP = r"\{(?:[^{}\\]|\\.|" * 8 + r"\{(?:[^{}\\]|\\.)*\}" + r")*\}" * 8  # {...}, nine deep
 FUNCTION = r"(?:sqrt|sin|cos|tan|exp|log|ln|pi)(?![a-z])"
 NAME = rf"(?:\\(?!frac|cot|{FUNCTION})[a-z]+(?![a-z])|_?\{{[^{{}}]*\}}|[a-zA-Z'(), ])+"
 SPELLINGS: list[tuple] = [  # what, by what[, a sign: only if exactly one of the two answers has it]
@@ -381,7 +381,7 @@ SPELLINGS: list[tuple] = [  # what, by what[, a sign: only if exactly one of the
     (rf"\\sqrt\[(\w+)\]({GROUP}|\w)", r"(\2^{1/\1})"),  # \sqrt[3]{x} -> ({x}^{1/3})
     (r"(?<![\w./^})])(\d+)(?:\\frac\{| )(\d+)[}/](\d+|\{\d+\})", r"(\1+\2/\3)"),  # 1 1/4 -> (1+1/4)
     (r"\\?log_(\{\w+\})", r"(1/\\log\1)\\log "), (r"(\d+|[a-zA-Z]|\([^()]*\))!", r"!{\1}"),  # 5!
-    (r"(?<![\\a-zA-Z])([a-df-hj-zA-Z]'*)\(([^-+()]*)\)", r"\1{\2}"),  # f(2) -> f{2}, not 2f
+    (r"(?<![\\a-zA-Z])([a-df-hj-zA-Z]'*)\(([^-+()]*)\)", r"\1{(\2)}"),  # f(2) -> f{(2)}, not 2f
     (rf"(?<=[\d)}}]) ?(?![abcxyz]{{3}}|{FUNCTION})(([ckm]m|[a-zA-Z]{{3}})[a-zA-Z ]*)$",
      r"\\text{\1}"), (r"^[a-zA-Z ]{2,}$", lambda m: rf"\text{{{m[0].lower()}}}"),  # 5 miles, Yes
     (r"(?<![^,])[^,]*[>≥][^,]*", lambda m: "".join(re.split("([>≥])", m[0])[::-1])),  # 2>x -> x>2

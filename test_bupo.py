@@ -1098,6 +1098,7 @@ x = 5 | x=5    5=x | x=5    f(x)=x^2 | x^2    f(x) = x^2 | f(x)=x^2    m_{\max}=
 \mathbf{X} | X    \mathbb R | \mathbb{R}    f(x)=x^2+C | x^2+C    \infty | ∞    −3 | -3
 """
 WRONG = r"""
+f(1,2) | f(2,1)    f(x,y) | f(y,x)
 # numbers
 \% | 1    5%0 | 50    [] | 1    \{\} | 1
 5 | 6    50 | 5    -5 | 5    2t | 2    2\pi | 2    52_8 | 52_1    52_8 | 52    52 | 52_8
@@ -1230,6 +1231,7 @@ def hostile_answers() -> list[str]:
     """Answers that a model under RL might give and that stall, crash or fool careless graders."""
     shapes, rng = re.split(r" {2,}|\n", NUMBERED), random.Random(0)
     answers = [s % ((n,) * s.count("%d")) for s in shapes for n in (8, 30, 99, 12345)]
+    answers += [r"\boxed{" + "{" * n + r"\a" * 40 for n in range(12)]  # boxes that never close
     for n in (20, 60, 99, 399, 50_000):
         answers += [text * n for text in REPEATED.split()]
         answers += [left * n + middle + right * n for left, middle, right in AROUND]
