@@ -8,10 +8,8 @@ r"""Pictures of internal policies, of any Llama-like model, checkpoint or run of
     -              python analyze.py --overview runs/x              entropy flow and reward of a run
     -              python analyze.py --sample-layer 3 5             completions by these layers
 
-These are counterparts, not copies: figures as this project lists those of arXiv 2512.19673, whose
-version 3 numbers the equations. Each command but the last writes FILE.png and FILE.json, with all
-that is drawn and its standard error. What is measured: the ids that were sampled, each at the
-position that predicts it, at temperature 1, in the model's precision with float32 probabilities.
+Counterparts of figures of arXiv 2512.19673, version 3. All but the last write FILE.png, FILE.json.
+Measured are the ids that were sampled, each at the position that predicts it, at temperature 1.
 """
 
 import argparse
@@ -82,12 +80,14 @@ def speak(model: Model, state: Tensor, norm: bool = False) -> Tensor:
     return bupo.policy_logits(model, state, norm).float().log_softmax(-1)
 
 
-def entropy(logps: Tensor) -> Tensor:  # (n, V) -> (n,)
-    return -(logps.exp() * logps).sum(-1)  # H = -sum p log p, in nats (Eq. 7)
+def entropy(logps: Tensor) -> Tensor:
+    """H = -sum p log p, in nats (Eq. 7): (n, V) -> (n,)."""
+    return -(logps.exp() * logps).sum(-1)
 
 
-def kl(logps: Tensor, others: Tensor) -> Tensor:  # (n, V), (n, V) -> (n,)
-    return (logps.exp() * (logps - others)).sum(-1)  # KL(p || q) = sum p (log p - log q), in nats
+def kl(logps: Tensor, others: Tensor) -> Tensor:
+    """KL(p || q) = sum p (log p - log q), in nats: (n, V), (n, V) -> (n,)."""
+    return (logps.exp() * (logps - others)).sum(-1)
 
 
 def measure(model: Model, layers: Layers, tokens: Tensor, norm: bool, low: int) -> Layers:

@@ -21,7 +21,7 @@ collapse.
      2 Problems                  147 lines  Problem, load_problems, the built-in task
      3 Reward                    123 lines  math_reward
      4 Model                     150 lines  load_model, check_model; the tiny model
-     5 Rollouts                  149 lines  SlotCache, sample
+     5 Rollouts                  146 lines  SlotCache, sample
      6 Internal policies         124 lines  internal_hidden, policy_logits, token_logps
      7 Objective                  24 lines  group_advantages, clipped_surrogate
      8 Evaluation                 32 lines  pass_at_k, evaluate
@@ -754,15 +754,12 @@ def sample(
             going.append(not c.ended and len(c.ids) < max_new_tokens)
 
         # Finished rows leave, the others read their token.
-        order, slot = list(range(len(running))), 0  # the row that each slot will hold
-        while slot < len(order):
-            if going[order[slot]]:
-                slot += 1
-            else:
-                order[slot] = order[-1]  # the last row takes a finished one's place
-                order.pop()
-        if moved := [slot for slot, row in enumerate(order) if slot != row]:
-            cache.copy([order[slot] for slot in moved], moved)
+        order = [row for row, goes_on in enumerate(going) if goes_on]  # what each slot will hold
+        freed = [slot for slot in range(len(order)) if not going[slot]]
+        for slot in freed:  # the last row takes a finished one's place
+            order.insert(slot, order.pop())
+        if freed:
+            cache.copy([order[slot] for slot in freed], freed)
         progress.update(len(running) - len(order))
         running, hidden = [running[row] for row in order], hidden[:0]
         if running:
