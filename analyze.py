@@ -123,14 +123,13 @@ def measure(model: Model, layers: Layers, tokens: Tensor, norm: bool, low: int) 
 @torch.no_grad()
 def profile(model: Model, sequences: Sequences, size: int, norm: bool = True, low: int = 0) -> dict:
     """The measures of all layers, averaged over completion tokens, as the JSON file has them.
-
-    size: tokens in a micro-batch, whose states are all kept; norm, low: as in `measure`.
-    """
+    size: tokens in a micro-batch, whose states are all kept; norm, low: as in `measure`."""
     counts = torch.tensor([len(completion) for _, completion in sequences])  # (C,)
     sums: dict = defaultdict(lambda: torch.zeros(len(counts)).double())  # (name, layer) -> (C,)
-    for batch in tqdm(bupo.micro_batches(sequences, size), desc="measuring", leave=False):
+    batches = bupo.micro_batches(sequences, size, range(len(sequences)))
+    for batch in tqdm(batches, desc="measuring", leave=False):
         ids, mask = bupo.pad([sequences[i] for i in batch], model.device)  # (B, T) each
-        owner = torch.tensor(batch).repeat_interleave(counts[[*batch]])  # (N,) whose token each is
+        owner = torch.tensor(batch).repeat_interleave(counts[batch])  # (N,) whose token each is
         tokens, layers = ids[:, 1:][mask[:, 1:]], layer_states(model, ids, mask)
         for part in torch.arange(len(tokens)).split(max(1, bupo.HEAD_TOKENS // 4)):
             chunk = [{name: state[part] for name, state in at.items()} for at in layers]  # (n, D)

@@ -22,11 +22,11 @@ collapse.
      3 Reward                    123 lines  math_reward
      4 Model                     150 lines  load_model, check_model; the tiny model
      5 Rollouts                  146 lines  SlotCache, sample
-     6 Internal policies         124 lines  internal_hidden, policy_logits, token_logps
+     6 Internal policies         121 lines  internal_hidden, policy_logits, token_logps
      7 Objective                  24 lines  group_advantages, clipped_surrogate
-     8 Evaluation                 32 lines  pass_at_k, evaluate
-     9 Training                  296 lines  train, update, MasterAdamW
-    10 Files and command line    215 lines  the run's folder, main
+     8 Evaluation                 28 lines  pass_at_k, evaluate
+     9 Training                  293 lines  train, update, MasterAdamW
+    10 Files and command line    213 lines  the run's folder, main
 
 Start with `train`, `update`, `clipped_surrogate`, `internal_hidden` and `sample`: the method is in
 them and in sections 5 to 8, a third of the lines; the others read data, check answers, load models
@@ -51,7 +51,6 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import shlex
 import shutil
@@ -339,7 +338,7 @@ def arithmetic(heldout: bool = False) -> dict[str, str]:
     r"""The built-in task: 3 or 4 additions and subtractions of digits, from left to right in 0..20.
     Questions and worked solutions: '7-1+3' -> '7-1=6;6+3=9\boxed{9}'. A guess is rarely right;
     writing down the partial results makes it easy. About an eighth of the questions is held out."""
-    rng = random.Random(0)
+    rng = Random(0)
     solutions: dict[str, str] = {}
     while len(solutions) < 20000:
         value = rng.randint(1, 9)
@@ -540,7 +539,7 @@ def check_model(model: Model) -> None:
             raise ValueError("its logits are not lm_head(norm(H^L)), H^l = H^(l-1) + A^l + F^l")
         prompts = [ids[0, :5].tolist(), ids[0, :2].tolist()]
         completions = sample(model, prompts, 3, set(), generator=random_stream("cpu", 0, "check"))
-        sequences = [(p, c.ids) for p, c in zip(prompts, completions, strict=True)]
+        sequences = [(c.prompt, c.ids) for c in completions]
         scored, _ = token_logps(model, *pad(sequences, "cpu"), len(model.get_decoder().layers))
         if not close(torch.tensor([logp for c in completions for logp in c.logps]), scored):
             raise ValueError("with a cache it computes something else than without")
@@ -576,7 +575,7 @@ def pretrain(model: Model, tokenizer: Tokenizer, steps: int, seed: int = 0) -> N
     r"""Teach the built-in model what an answer looks like, so that RL has some reward to learn
     from. 40 % of the examples work the problem out, 60 % are careless: \boxed{n} at once, n off by
     up to 3. Which of the two pays is for RL to find out: accuracy and length rise together."""
-    rng, solutions = random.Random(seed), list(arithmetic().items())
+    rng, solutions = Random(seed), list(arithmetic().items())
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     for step in tqdm(range(1, steps + 1), "pretraining", leave=False):
         batch = []
@@ -637,6 +636,7 @@ class Completion:
     logps: list[float] = field(default_factory=list)  # while sampling; to check, not log pi_old
     entropies: list[float] = field(default_factory=list)  # of pi, in nats
     ended: bool = False  # by an end token, not by the length limit
+    prompt: list[int] = field(default_factory=list)
 
 
 class SlotCache:
@@ -727,26 +727,25 @@ def sample(
     generator: on the model's device; temperature 0 is greedy; bar: the name of a progress bar."""
     model.eval()
     ends, num_layers = set(eos_ids), len(model.get_decoder().layers)
-    completions = [Completion() for _ in prompts]
+    completions = [Completion(prompt=prompt) for prompt in prompts]
     cache = SlotCache(min(rows, len(prompts)), max(map(len, prompts), default=0) + max_new_tokens)
-    running: list[int] = []  # the index of each row's prompt
-    entered = 0  # prompts
+    running: list[Completion] = []  # one in each row
+    waiting = completions
     hidden = model.get_input_embeddings().weight[:0]  # (n, D), of the last token of each row
     progress = tqdm(total=len(prompts), desc=bar, leave=False, disable=not bar)
-    while running or entered < len(prompts):
+    while running or waiting:
         # Prompts enter, several at a time, which is faster.
-        waiting, free = prompts[entered:], cache.slots - len(running)
+        free = cache.slots - len(running)
         if waiting and free >= min(len(waiting), max(1, cache.slots // 8)):
-            last = read_prompts(model, waiting, cache, len(running))  # (n, D)
-            running += range(entered, entered + len(last))
-            entered, hidden = entered + len(last), torch.cat([hidden, last])
+            last = read_prompts(model, [c.prompt for c in waiting], cache, len(running))  # (n, D)
+            running, waiting = running + waiting[: len(last)], waiting[len(last) :]
+            hidden = torch.cat([hidden, last])
 
         # Each row draws a token.
         drawn = draw(policy_logits(model, hidden), temperature, generator)  # (n,) each
         going = []
         numbers = torch.stack(drawn).tolist()  # as float32: one transfer
-        for i, token, logp, entropy in zip(running, *numbers, strict=True):
-            c = completions[i]
+        for c, token, logp, entropy in zip(running, *numbers, strict=True):
             c.ids.append(int(token))
             c.logps.append(logp)
             c.entropies.append(entropy)
@@ -763,7 +762,7 @@ def sample(
         progress.update(len(running) - len(order))
         running, hidden = [running[row] for row in order], hidden[:0]
         if running:
-            position = [len(prompts[i]) + len(completions[i].ids) - 1 for i in running]
+            position = [len(c.prompt) + len(c.ids) - 1 for c in running]
             from_cpu = torch.tensor([order, position], device=model.device)  # (2, n), one transfer
             cache.begin(range(len(running)), from_cpu[1][:, None], max(position) + 1)
             ids = drawn[0][from_cpu[0]][:, None]  # (n, 1)
@@ -809,18 +808,15 @@ def pad(sequences: Sequences, device: str | torch.device) -> tuple[Tensor, Tenso
     return ids.to(device), mask.to(device)
 
 
-def micro_batches(
-    sequences: Sequences, tokens: int, indices: Iterable[int] | None = None
-) -> list[tuple[int, ...]]:
-    """Split the sequences of the given indices, or all, into micro-batches of indices. Padded to
-    its longest sequence, each holds at most `tokens` tokens, or is one sequence."""
-    lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
-    micros: list[tuple[int, ...]] = []
+def micro_batches(sequences: Sequences, tokens: int, indices: Iterable[int]) -> list[list[int]]:
+    """Split the sequences of these indices into micro-batches of indices. Padded to its longest
+    sequence, each holds at most `tokens` tokens, or is one sequence."""
+    micros: list[list[int]] = []
     # Shortest first, so that little of them is padding.
-    for i in sorted(range(len(lengths)) if indices is None else indices, key=lengths.__getitem__):
-        if not micros or (len(micros[-1]) + 1) * lengths[i] > tokens:
-            micros.append(())
-        micros[-1] += (i,)
+    for length, i in sorted((sum(map(len, sequences[i])), i) for i in indices):
+        if not micros or (len(micros[-1]) + 1) * length > tokens:
+            micros.append([])
+        micros[-1].append(i)
     return micros
 
 
@@ -844,12 +840,14 @@ def token_logps(
     hidden = hidden[:, :-1][mask[:, 1:]]  # (N, D), one position before each target
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        logps = (policy_logits(model, hidden, norm).float() / temperature).log_softmax(-1)  # (n, V)
+        logits = policy_logits(model, hidden, norm).float().div_(temperature)  # (n, V)
+        logps = logits.log_softmax(-1)  # (n, V)
         chosen, fixed = logps.gather(-1, targets[:, None])[:, 0], logps.detach()
         return chosen, -(fixed.exp() * fixed).sum(-1) if entropy else None  # (n,) each; Eq. 7
 
-    chunks = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
+    *chunks, last = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
     scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+    scored.append(score(*last))  # the backward pass begins with it
     logps, entropies = zip(*scored, strict=True)
     return torch.cat(logps), torch.cat(entropies) if entropy else None
 
@@ -874,7 +872,7 @@ def ffn_entropy_change(model: Model, sequences: Sequences, tokens: int = 16384) 
     """H(F^l) - H(LN(H^(l-1) + A^l)), l = 1..L: by how much each FFN raises the entropy (Eq. 13).
     Mean over completion tokens, in nats, of internal modular policies; `tokens` a micro-batch."""
     change = [0.0] * len(model.get_decoder().layers)
-    for micro in micro_batches(sequences, tokens):
+    for micro in micro_batches(sequences, tokens, range(len(sequences))):
         ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
         for i, (*_, before, after) in enumerate(residual_stream(model, ids)):
             for sign, tensor in ((-1, before), (1, after)):
@@ -887,13 +885,11 @@ def ffn_entropy_change(model: Model, sequences: Sequences, tokens: int = 16384) 
 
 def boundary_layer(ffn_entropy_change: list[float], tolerance: float = 0.1) -> int:
     """The last layer of the exploring region, the lowest run of layers whose FFN's entropy change
-    is clearly positive: above `tolerance` times the largest. If there is none this is L: pi
-    itself."""
+    is clearly positive: above `tolerance` times the largest. If there is none: L, pi itself."""
     threshold = tolerance * max(0.0, *ffn_entropy_change)
-    for layer, changes in enumerate(itertools.pairwise([*ffn_entropy_change, -math.inf]), start=1):
-        if changes[0] > threshold >= changes[1]:
-            return layer
-    return len(ffn_entropy_change)
+    explores = [change > threshold for change in ffn_entropy_change]  # of layers 1..L
+    first = explores.index(True) if True in explores else len(explores)
+    return [*explores, False].index(False, first)
 
 
 # 7 Objective ======================================================================================
@@ -935,21 +931,17 @@ def evaluate(
     always from the same random stream. eval_se: standard error of eval_avg over problems."""
     k, samples = config.eval_k, []
     asked = [problem for problem in problems for _ in range(k)]
-    completions, sequences = rollout(model, tokenizer, asked, config, "evaluation")
-    for problem, (prompt, ids), c in zip(asked, sequences, completions, strict=True):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+    completions, _ = rollout(model, tokenizer, asked, config, "evaluation")
+    for problem, c in zip(asked, completions, strict=True):
+        text = tokenizer.decode(c.ids, skip_special_tokens=True)
         said = dict(completion=text, ended=c.ended, reward=math_reward(text, problem.answer))
-        samples.append(dict(asdict(problem), **said, prompt_ids=prompt, ids=ids))
+        samples.append(dict(asdict(problem), **said, prompt_ids=c.prompt, ids=c.ids))
     rewards = [sample["reward"] for sample in samples]
     right = [int(sum(rewards[i : i + k])) for i in range(0, len(rewards), k)]  # of each problem's k
-    metrics = dict(
-        eval_avg=fmean(rewards),
-        eval_se=stdev(c / k for c in right) / len(right) ** 0.5 if len(right) > 1 else None,
-        eval_pass=[fmean(pass_at_k(k, c, j) for c in right) for j in range(1, k + 1)],
-        eval_k=k,
-        eval_problems=len(problems),
-    )
-    return metrics, samples
+    error = stdev(c / k for c in right) / len(right) ** 0.5 if len(right) > 1 else None
+    passed = [fmean(pass_at_k(k, c, j) for c in right) for j in range(1, k + 1)]
+    metrics = dict(eval_avg=fmean(rewards), eval_se=error, eval_pass=passed, eval_k=k)
+    return dict(metrics, eval_problems=len(problems)), samples
 
 
 # 9 Training =======================================================================================
@@ -1003,7 +995,7 @@ def train(config: Config, resume: bool = False) -> Path:
             layer = optimized_layer(step, config.internal_steps, low, num_layers)
 
             # 5 Maximize the clipped surrogate of that policy, one optimizer update per mini-batch.
-            error = sampling_error(model, sequences, completions, config)
+            error = sampling_error(model, completions, config.temperature)
             times.append(time.perf_counter())
             lr = config.lr * min(1.0, step / config.lr_warmup_steps)
             updated = update(model, optimizer, sequences, advantages.flatten(), layer, lr, config)
@@ -1095,7 +1087,7 @@ def update(
     totals = lengths.view(-1, size).sum(-1).repeat_interleave(size)  # (C,), of mini-batches
     weights = 1 / (totals if config.loss_average == "token" else size * lengths)  # (C,), of tokens
 
-    def score(micro: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    def score(micro: list[int]) -> tuple[Tensor, Tensor | None]:
         ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
         norm, recompute = config.internal_norm == "final", config.gradient_checkpointing
         return token_logps(model, ids, mask, layer, norm, config.temperature, internal, recompute)
@@ -1111,16 +1103,15 @@ def update(
     # forward pass below (`setdefault`; rho = 1); the later ones are scored here, before any update.
     # In phase 1 so are completions without advantage, but only for their entropies, which we log.
     with torch.no_grad():
-        scored = {micro: score(micro) for micro in itertools.chain(*plan[1:], rest)}
+        scored = {micro[0]: score(micro) for micro in itertools.chain(*plan[1:], rest)}
 
     ratios, clipped, grad_norms = [], [], []
     for micros in plan:
         for micro in micros:
             logps, entropies = score(micro)  # (N,) each, of the micro-batch's completion tokens
-            old_logps, _ = scored.setdefault(micro, (logps.detach(), entropies))  # (N,)
-            chosen = list(micro)
-            weight = weights[chosen].repeat_interleave(lengths[chosen])  # (N,)
-            advantage = advantages.to(weight)[chosen].repeat_interleave(lengths[chosen])  # (N,)
+            old_logps, _ = scored.setdefault(micro[0], (logps.detach(), entropies))
+            weight = weights[micro].repeat_interleave(lengths[micro])  # (N,)
+            advantage = advantages.to(weight)[micro].repeat_interleave(lengths[micro])  # (N,)
             surrogate = clipped_surrogate(logps, old_logps, advantage, config.clip)  # (N,)
             (-(weight * surrogate).sum()).backward()
             ratios.append((logps.detach() - old_logps).exp())  # (N,)
@@ -1193,7 +1184,7 @@ def rollout(
     ends, stream = end_tokens(model, tokenizer), random_stream(model.device, config.seed, purpose)
     most, rows = config.max_new_tokens, rollout_rows(model, max(map(len, prompts)), config)
     completions = sample(model, prompts, most, ends, config.temperature, rows, stream, purpose)
-    return completions, [(p, c.ids) for p, c in zip(prompts, completions, strict=True)]
+    return completions, [(c.prompt, c.ids) for c in completions]
 
 
 def rollout_rows(model: Model, longest_prompt: int, config: Config) -> int:
@@ -1230,21 +1221,19 @@ def find_boundary(model: Model, sequences: Sequences, config: Config) -> int:
 
 
 @torch.no_grad()
-def sampling_error(
-    model: Model, sequences: Sequences, completions: list[Completion], config: Config
-) -> float:
+def sampling_error(model: Model, completions: list[Completion], temperature: float) -> float:
     """Mean |log pi as sampled - as scored|, nats, of 8 completions: rounding, or a bug."""
     num_layers, errors = len(model.get_decoder().layers), []
-    for i in range(0, len(sequences), max(1, len(sequences) // 8))[:8]:
-        ids, mask = pad([sequences[i]], model.device)  # (1, T) each
-        scored, _ = token_logps(model, ids, mask, num_layers, temperature=config.temperature)
-        errors += (scored.cpu() - torch.tensor(completions[i].logps)).abs().tolist()
+    for c in completions[:: max(1, len(completions) // 8)][:8]:
+        ids, mask = pad([(c.prompt, c.ids)], model.device)  # (1, T) each
+        scored, _ = token_logps(model, ids, mask, num_layers, temperature=temperature)
+        errors += (scored.cpu() - torch.tensor(c.logps)).abs().tolist()
     return fmean(errors)
 
 
 def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
     """The indices of a step's problems: all come once in each epoch, in an order of its own."""
-    epoch = cache(lambda n: random.Random(f"{seed} {n}").sample(range(count), count))
+    epoch = cache(lambda n: Random(f"{seed} {n}").sample(range(count), count))
     return [epoch(i // count)[i % count] for i in range((step - 1) * size, step * size)]
 
 
@@ -1356,8 +1345,7 @@ def save_checkpoint(
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         logs = {file.name: file.read_text(encoding="utf-8") for file in out.glob("*.jsonl")}
-        saved = dict(state, logs=logs, adam=optimizer.adam.state_dict())
-        torch.save(saved, folder / "training.pt")
+        torch.save(dict(state, logs=logs, adam=optimizer.adam.state_dict()), folder / "training.pt")
     for old in checkpoints(out)[: -config.keep] if config.keep else []:
         shutil.rmtree(old)
 
@@ -1370,10 +1358,9 @@ def load_checkpoint(start: Path | None, optimizer: MasterAdamW) -> dict[str, Any
     with explain(f"The checkpoint {start} is damaged or of another model", fix):
         state = torch.load(start / "training.pt", optimizer.device, weights_only=True)
         optimizer.adam.load_state_dict(state.pop("adam"))
-        logs = state.pop("logs")
     for later in start.parent.glob("*.jsonl"):
         later.unlink()
-    for name, text in logs.items():
+    for name, text in state.pop("logs").items():
         (start.parent / name).write_text(text, encoding="utf-8")
     tqdm.write(f"Resumed     after step {state['step']}, from {start}")
     return state

@@ -170,9 +170,9 @@ def by_bupo(model: bupo.Model, prompts: list[list[int]], lengths: list[int]) -> 
     class Ending(bupo.Completion):
         ended = property(lambda self: len(self.ids) >= self.length, lambda self, value: None)
 
-        def __init__(self):
+        def __init__(self, prompt):
             self.length = next(left)
-            super().__init__()
+            super().__init__(prompt=prompt)
 
     with mock.patch.object(bupo, "Completion", Ending):
         found = bupo.sample(model, prompts, max(lengths), set(), rows=len(prompts))

@@ -32,7 +32,7 @@ LAST = f"max((i for i, c in enumerate(ffn_entropy_change) if c > {LARGEST}), def
 STD = "rewards.std(-1, keepdim=True)"
 MEAN = "rewards.mean(-1, keepdim=True)"
 BOTH = "ratio.clamp(1 - clip, 1 + clip)"
-WEIGHT = "weights[chosen]"
+WEIGHT = "weights[micro]"
 RULE = r"return re.findall(r'\\(?:boxed|fbox)\s*{%s}', text)"
 
 # function: (its tests, for `pytest -k`, [(a mistake, text of the function, what the mistake puts
@@ -76,11 +76,11 @@ EXERCISES = {
     "boundary_layer": (
         "test_boundary_layer",
         [
-            ("counted from 0", "return layer", "return layer - 1"),
-            ("the layer after", "return layer", "return layer + 1"),
+            ("counted from 0", "return [", "return -1 + ["),
+            ("the layer after", "return [", "return 1 + ["),
             ("any positive change explores", LARGEST, "0.0"),
             ("tolerance in nats", LARGEST, "tolerance"),
-            ("region must begin at layer 1", "changes[0] > threshold >=", "threshold >="),
+            ("region must begin at layer 1", ", first)", ")"),
             ("last exploring layer of all", BODY, f"return {LAST} or len(ffn_entropy_change)"),
             ("a change of 0 explores", "> threshold", ">= threshold"),
         ],
@@ -155,12 +155,12 @@ EXERCISES = {
             ("objective descended", "(-(weight * surrogate)", "((weight * surrogate)"),
             ("phase 1 optimizes pi", CHOSEN, f"ids, mask, {TOP}"),
             ("phase 2 optimizes pi^2", CHOSEN, "ids, mask, 2"),
-            ("tokens of the micro-batch", WEIGHT, "(1 / lengths[chosen].sum()).repeat(len(micro))"),
+            ("tokens of the micro-batch", WEIGHT, "(1 / lengths[micro].sum()).repeat(len(micro))"),
             ("completions of the micro-batch", WEIGHT, f"({WEIGHT} * size / len(micro))"),
             ("zero advantages not counted", "lengths.view(", "(lengths * (advantages != 0)).view("),
             ("a mini-batch of completions", "mini_batch * config.group_size", "mini_batch"),
             ("averages the wrong way round", '== "token"', '== "sequence"'),
-            ("advantages of the first ones", "(weight)[chosen]", "(weight)[: len(chosen)]"),
+            ("advantages of the first ones", "(weight)[micro]", "(weight)[: len(micro)]"),
         ],
     ),
     "MasterAdamW.step": (
