@@ -840,14 +840,13 @@ def token_logps(
     hidden = hidden[:, :-1][mask[:, 1:]]  # (N, D), one position before each target
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = policy_logits(model, hidden, norm).float().div_(temperature)  # (n, V)
-        logps = logits.log_softmax(-1)  # (n, V)
+        logps = (policy_logits(model, hidden, norm).float() / temperature).log_softmax(-1)  # (n, V)
         chosen, fixed = logps.gather(-1, targets[:, None])[:, 0], logps.detach()
         return chosen, -(fixed.exp() * fixed).sum(-1) if entropy else None  # (n,) each; Eq. 7
 
     *chunks, last = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
     scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-    scored.append(score(*last))  # the backward pass begins with it
+    scored.append(score(*last))  # with which the backward pass begins: nothing to compute again
     logps, entropies = zip(*scored, strict=True)
     return torch.cat(logps), torch.cat(entropies) if entropy else None
 
