@@ -22,11 +22,11 @@ collapse.
      3 Reward                    123 lines  math_reward
      4 Model                     150 lines  load_model, check_model; the tiny model
      5 Rollouts                  146 lines  SlotCache, sample
-     6 Internal policies         121 lines  internal_hidden, policy_logits, token_logps
+     6 Internal policies         120 lines  internal_hidden, policy_logits, token_logps
      7 Objective                  24 lines  group_advantages, clipped_surrogate
      8 Evaluation                 28 lines  pass_at_k, evaluate
-     9 Training                  293 lines  train, update, MasterAdamW
-    10 Files and command line    213 lines  the run's folder, main
+     9 Training                  294 lines  train, update, MasterAdamW
+    10 Files and command line    214 lines  the run's folder, main
 
 Start with `train`, `update`, `clipped_surrogate`, `internal_hidden` and `sample`: the method is in
 them and in sections 5 to 8, a third of the lines; the others read data, check answers, load models
@@ -969,6 +969,7 @@ def train(config: Config, resume: bool = False) -> Path:
     low = num_layers = len(model.get_decoder().layers)
     steps = range(state["step"] + 1, config.steps + 1)
     bar = tqdm(steps, "training", config.steps, initial=state["step"], disable=not steps)
+    STOP.clear()  # from here on a request to stop lets the step finish
     try:
         for step in bar:
             # 1 Draw problems, and G completions of each from the full policy pi, in either phase.
@@ -998,7 +999,6 @@ def train(config: Config, resume: bool = False) -> Path:
             times.append(time.perf_counter())
             lr = config.lr * min(1.0, step / config.lr_warmup_steps)
             updated = update(model, optimizer, sequences, advantages.flatten(), layer, lr, config)
-            times.append(time.perf_counter())
 
             # 6 Log, evaluate and save.
             told = describe(completions, rewards, advantages, times)
@@ -1018,6 +1018,7 @@ def train(config: Config, resume: bool = False) -> Path:
     except OSError:  # nobody reads any more, or the disk is full: lose no step
         save_checkpoint(config, model, tokenizer, optimizer, state)
         raise
+    STOP.append("trained")
     if held_out and config.steps % config.eval_every:
         evaluate_and_log(config.steps, model, tokenizer, held_out, config)
     if config.steps:
@@ -1033,7 +1034,7 @@ def describe(
     completions: list[Completion], rewards: list[float], advantages: Tensor, times: list[float]
 ) -> dict[str, Any]:
     """What the log says of a step besides what `update` measures; entropies: mean, nats."""
-    began, sampled, updating, ended = times
+    began, sampled, updating, ended = *times, time.perf_counter()
     tokens = sum(len(c.ids) for c in completions)
     entropy = sum(sum(c.entropies) for c in completions) / tokens
     return dict(
@@ -1238,11 +1239,12 @@ def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
 
 # 10 Files and command line ========================================================================
 
-STOP: list[Any] = []  # requests to stop: `train` looks at them after each step
+STOP: list[Any] = []  # requests to stop training, at which `train` looks after each step
 
 
 def ask_to_stop(number: int, frame: Any) -> None:
-    """The first Ctrl-C, SIGTERM or SIGHUP lets the step finish; the second one interrupts it."""
+    """In training, the first Ctrl-C, SIGTERM or SIGHUP lets the step finish. The second one, or one
+    at another time, interrupts."""
     STOP.append(number)
     if len(STOP) == 2:
         raise KeyboardInterrupt
@@ -1418,7 +1420,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    STOP.clear()
+    STOP[:] = ["loading"]
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, ask_to_stop)

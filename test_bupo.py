@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -870,11 +871,15 @@ def test_a_run_killed_again_and_again_ends_like_another(guessing, finished, tmp_
     assert not list(out.glob(".*"))  # what the second one left
 
 
-@pytest.mark.parametrize("what", ["SIGINT", "SIGINT twice", "SIGTERM", "SIGHUP", "stdout"])
+STOPS = [(what, "update", 1) for what in ("SIGINT", "SIGINT twice", "SIGTERM", "SIGHUP")]
+STOPS += [("stdout", "update", 2), ("SIGINT", "evaluate_and_log", 0), ("SIGINT", "shlex.quote", 5)]
+
+
+@pytest.mark.parametrize(("what", "function", "saved"), STOPS)
 def test_a_request_to_stop_or_a_reader_that_goes_away_saves_a_checkpoint(
-    what, guessing, finished, tmp_path, monkeypatch, capsys
+    what, function, saved, guessing, finished, tmp_path, monkeypatch, capsys
 ):
-    out, update, save = tmp_path / "b", bupo.update, torch.save
+    out, save = tmp_path / "b", torch.save
 
     def stop(function, *arguments):
         if what.endswith("twice"):  # within the checkpoint
@@ -887,11 +892,12 @@ def test_a_request_to_stop_or_a_reader_that_goes_away_saves_a_checkpoint(
         return function(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bupo, "update", partial(gone if what == "stdout" else stop, update))
+        whole = operator.attrgetter(function)(bupo)
+        patch.setattr(f"bupo.{function}", partial(gone if what == "stdout" else stop, whole))
         signal.signal(getattr(signal, what.split()[0], signal.SIGINT), Mock())  # not as nohup does
         run(out=out, code=2 if what == "stdout" else 130, **guessing | dict(save_every=9))
     assert f"--resume {out}" in capsys.readouterr().err
-    assert bupo.checkpoints(out)[-1].name == f"checkpoint-{2 if what == 'stdout' else 1}"
+    assert bupo.checkpoints(out)[-1].name == f"checkpoint-{saved}"
     run(resume=out)
     same_run(finished, out)
 
