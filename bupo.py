@@ -1087,10 +1087,10 @@ def update(
     totals = lengths.view(-1, size).sum(-1).repeat_interleave(size)  # (C,), of mini-batches
     weights = 1 / (totals if config.loss_average == "token" else size * lengths)  # (C,), of tokens
 
-    def score(micro: list[int]) -> tuple[Tensor, Tensor | None]:
+    def score(micro: list[int], entropy: bool) -> tuple[Tensor, Tensor | None]:
         ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
         norm, recompute = config.internal_norm == "final", config.gradient_checkpointing
-        return token_logps(model, ids, mask, layer, norm, config.temperature, internal, recompute)
+        return token_logps(model, ids, mask, layer, norm, config.temperature, entropy, recompute)
 
     # Only completions with an advantage move anything. Mini-batches that have none are skipped.
     split = partial(micro_batches, sequences, config.micro_batch_tokens)
@@ -1103,12 +1103,13 @@ def update(
     # forward pass below (`setdefault`; rho = 1); the later ones are scored here, before any update.
     # In phase 1 so are completions without advantage, but only for their entropies, which we log.
     with torch.no_grad():
-        scored = {micro[0]: score(micro) for micro in itertools.chain(*plan[1:], rest)}
+        scored = {micro[0]: score(micro, internal) for micro in itertools.chain(*plan[1:], rest)}
 
     ratios, clipped, grad_norms = [], [], []
     for micros in plan:
         for micro in micros:
-            logps, entropies = score(micro)  # (N,) each, of the micro-batch's completion tokens
+            # (N,) each, of the micro-batch's completion tokens
+            logps, entropies = score(micro, internal and micro[0] not in scored)
             old_logps, _ = scored.setdefault(micro[0], (logps.detach(), entropies))
             weight = weights[micro].repeat_interleave(lengths[micro])  # (N,)
             advantage = advantages.to(weight)[micro].repeat_interleave(lengths[micro])  # (N,)
