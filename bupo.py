@@ -22,10 +22,10 @@ collapse.
      3 Reward                    123 lines  math_reward
      4 Model                     150 lines  load_model, check_model; the tiny model
      5 Rollouts                  146 lines  SlotCache, sample
-     6 Internal policies         120 lines  internal_hidden, policy_logits, token_logps
+     6 Internal policies         121 lines  internal_hidden, policy_logits, token_logps
      7 Objective                  24 lines  group_advantages, clipped_surrogate
      8 Evaluation                 28 lines  pass_at_k, evaluate
-     9 Training                  294 lines  train, update, MasterAdamW
+     9 Training                  295 lines  train, update, MasterAdamW
     10 Files and command line    214 lines  the run's folder, main
 
 Start with `train`, `update`, `clipped_surrogate`, `internal_hidden` and `sample`: the method is in
@@ -840,9 +840,10 @@ def token_logps(
     hidden = hidden[:, :-1][mask[:, 1:]]  # (N, D), one position before each target
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        logps = (policy_logits(model, hidden, norm).float() / temperature).log_softmax(-1)  # (n, V)
+        logits = policy_logits(model, hidden, norm).float()  # (n, V)
+        logps = (logits if temperature == 1 else logits / temperature).log_softmax(-1)  # (n, V)
         chosen, fixed = logps.gather(-1, targets[:, None])[:, 0], logps.detach()
-        return chosen, -(fixed.exp() * fixed).sum(-1) if entropy else None  # (n,) each; Eq. 7
+        return chosen, -fixed.exp().mul_(fixed).sum(-1) if entropy else None  # (n,) each; Eq. 7
 
     *chunks, last = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
     scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
