@@ -22,10 +22,10 @@ collapse.
      3 Reward                    123 lines  math_reward
      4 Model                     150 lines  load_model, check_model; the tiny model
      5 Rollouts                  146 lines  SlotCache, sample
-     6 Internal policies         121 lines  internal_hidden, policy_logits, token_logps
+     6 Internal policies         123 lines  internal_hidden, policy_logits, token_logps
      7 Objective                  24 lines  group_advantages, clipped_surrogate
      8 Evaluation                 28 lines  pass_at_k, evaluate
-     9 Training                  295 lines  train, update, MasterAdamW
+     9 Training                  296 lines  train, update, MasterAdamW
     10 Files and command line    214 lines  the run's folder, main
 
 Start with `train`, `update`, `clipped_surrogate`, `internal_hidden` and `sample`: the method is in
@@ -833,7 +833,8 @@ def token_logps(
     """log pi^l (N,) of the N tokens where mask is True, row by row, given all before each; and, if
     asked, entropies (N,) of pi^l, without gradient; float32, nats. ids, mask (B, T) as from `pad`.
     At layer = L the final norm always applies. Only positions before such tokens go through
-    lm_head, HEAD_TOKENS at a time, and the backward pass computes their logits again."""
+    lm_head, HEAD_TOKENS at a time; logits of all but the last chunk are computed again in the
+    backward pass, which begins with that one."""
     norm = norm or layer == len(model.get_decoder().layers)
     targets = ids[:, 1:][mask[:, 1:]]  # (N,)
     hidden = internal_hidden(model, ids, layer, recompute=recompute)  # (B, T, D)
@@ -847,7 +848,7 @@ def token_logps(
 
     *chunks, last = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
     scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-    scored.append(score(*last))  # with which the backward pass begins: nothing to compute again
+    scored.append(score(*last))
     logps, entropies = zip(*scored, strict=True)
     return torch.cat(logps), torch.cat(entropies) if entropy else None
 
@@ -887,9 +888,10 @@ def boundary_layer(ffn_entropy_change: list[float], tolerance: float = 0.1) -> i
     """The last layer of the exploring region, the lowest run of layers whose FFN's entropy change
     is clearly positive: above `tolerance` times the largest. If there is none: L, pi itself."""
     threshold = tolerance * max(0.0, *ffn_entropy_change)
-    explores = [change > threshold for change in ffn_entropy_change]  # of layers 1..L
-    first = explores.index(True) if True in explores else len(explores)
-    return [*explores, False].index(False, first)
+    for layer, changes in enumerate(itertools.pairwise([*ffn_entropy_change, -math.inf]), start=1):
+        if changes[0] > threshold >= changes[1]:
+            return layer
+    return len(ffn_entropy_change)
 
 
 # 7 Objective ======================================================================================
@@ -1019,7 +1021,7 @@ def train(config: Config, resume: bool = False) -> Path:
     except OSError:  # nobody reads any more, or the disk is full: lose no step
         save_checkpoint(config, model, tokenizer, optimizer, state)
         raise
-    STOP.append("trained")
+    STOP.append("trained")  # from here on the first request interrupts again
     if held_out and config.steps % config.eval_every:
         evaluate_and_log(config.steps, model, tokenizer, held_out, config)
     if config.steps:
@@ -1101,17 +1103,18 @@ def update(
     rest = split(i for i in range(len(sequences)) if i not in learns) if internal else []
 
     # pi^l_old is pi^l before the first update. The first mini-batch takes log pi^l_old from its own
-    # forward pass below (`setdefault`; rho = 1); the later ones are scored here, before any update.
+    # forward pass below (`first`; rho = 1); the later ones are scored here, before any update.
     # In phase 1 so are completions without advantage, but only for their entropies, which we log.
     with torch.no_grad():
         scored = {micro[0]: score(micro, internal) for micro in itertools.chain(*plan[1:], rest)}
-
     ratios, clipped, grad_norms = [], [], []
     for micros in plan:
         for micro in micros:
-            # (N,) each, of the micro-batch's completion tokens
-            logps, entropies = score(micro, internal and micro[0] not in scored)
-            old_logps, _ = scored.setdefault(micro[0], (logps.detach(), entropies))
+            first = micro[0] not in scored  # mini-batch: no update has moved pi^l yet
+            logps, entropies = score(micro, internal and first)  # (N,) each, N completion tokens
+            if first:
+                scored[micro[0]] = (logps.detach(), entropies)
+            old_logps, _ = scored[micro[0]]  # (N,)
             weight = weights[micro].repeat_interleave(lengths[micro])  # (N,)
             advantage = advantages.to(weight)[micro].repeat_interleave(lengths[micro])  # (N,)
             surrogate = clipped_surrogate(logps, old_logps, advantage, config.clip)  # (N,)
@@ -1224,7 +1227,7 @@ def find_boundary(model: Model, sequences: Sequences, config: Config) -> int:
 
 @torch.no_grad()
 def sampling_error(model: Model, completions: list[Completion], temperature: float) -> float:
-    """Mean |log pi as sampled - as scored|, nats, of about 8 completions: rounding, or a bug."""
+    """Mean |log pi as sampled - as scored|, nats, of 1 completion in 16, about 8 at most."""
     num_layers, errors = len(model.get_decoder().layers), []
     for c in completions[:: max(16, len(completions) // 8)]:
         ids, mask = pad([(c.prompt, c.ids)], model.device)  # (1, T) each
@@ -1241,7 +1244,7 @@ def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
 
 # 10 Files and command line ========================================================================
 
-STOP: list[Any] = []  # requests to stop training, at which `train` looks after each step
+STOP: list[Any] = []  # with an entry, `train` stops after the step; a second one interrupts
 
 
 def ask_to_stop(number: int, frame: Any) -> None:
@@ -1422,7 +1425,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    STOP[:] = ["loading"]
+    STOP[:] = ["loading"]  # so that until training begins, the first request interrupts
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, ask_to_stop)

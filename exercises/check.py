@@ -76,11 +76,11 @@ EXERCISES = {
     "boundary_layer": (
         "test_boundary_layer",
         [
-            ("counted from 0", "return [", "return -1 + ["),
-            ("the layer after", "return [", "return 1 + ["),
+            ("counted from 0", "return layer", "return layer - 1"),
+            ("the layer after", "return layer", "return layer + 1"),
             ("any positive change explores", LARGEST, "0.0"),
             ("tolerance in nats", LARGEST, "tolerance"),
-            ("region must begin at layer 1", ", first)", ")"),
+            ("region must begin at layer 1", "changes[0] > threshold >=", "threshold >="),
             ("last exploring layer of all", BODY, f"return {LAST} or len(ffn_entropy_change)"),
             ("a change of 0 explores", "> threshold", ">= threshold"),
         ],
