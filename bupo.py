@@ -33,10 +33,10 @@ them and in sections 5 to 8, a third of the lines; the others read data, check a
 and keep runs. Equation and table numbers are those of the paper's version 3. On purpose, this file
 departs from the paper (P) or from the authors' code (C):
 
-  - pi^l applies the final norm; `--internal-norm none` does not (P Eq. 5, C). P's Table 5 has both.
+  - pi^l applies the final norm; P's Eq. 5 and C do not: `--internal-norm none`. See P's Table 5.
   - Updates of phase 1 run blocks 1..l only; C runs all L and builds two full logit matrices.
   - The loss averages over all tokens, as C does; `--loss-average sequence` is P's Eq. 3 and 9.
-  - The reward compares values; C compares text, so that \boxed{\text{Yes}} is wrong for Yes.
+  - The reward compares values; C compares text and finds \boxed{\text{Yes}} wrong where it is Yes.
   - A mini-batch without any advantage is skipped; C would still move weights, by momentum.
   - Layers count from 1, as in P; C counts from 0.
 """
@@ -70,13 +70,14 @@ from random import Random
 from statistics import fmean, stdev
 from typing import Any, TypeAlias
 
-import jinja2  # of chat templates, as transformers renders them
+import jinja2  # for the errors of chat templates
 import tokenizers
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.integrations import sdpa_attention
 
 Model: TypeAlias = Any  # a transformers.PreTrainedModel with a Llama-like decoder
 Tokenizer: TypeAlias = Any  # a transformers.PreTrainedTokenizerBase
@@ -178,7 +179,7 @@ class Config:
         if not self.steps and not self.eval_problems:
             raise UsageError("--steps 0 only evaluates and --eval-problems 0 does not; raise one.")
         if self.prompts_per_step % self.mini_batch:
-            raise UsageError("--mini-batch must divide --prompts-per-step without a rest.")
+            raise UsageError("--mini-batch must divide --prompts-per-step.")
 
 
 TINY = {f.name: f.metadata["tiny"] for f in fields(Config) if "tiny" in f.metadata}
@@ -187,8 +188,8 @@ ASKED += ("max_prompt_tokens", "max_new_tokens", "eval_problems", "eval_k")
 
 
 def configure(model: str = "tiny", **given: Any) -> Config:
-    """The settings given, else the preset's. If `model` is a run's folder or in one, what that run
-    ASKED is asked again, but its recipe, such as its learning rate, is not taken over."""
+    """The settings given, else the preset's. If `model` is a run's folder or in one, the settings
+    in ASKED are that run's, but not its recipe, such as its learning rate."""
     known: dict[str, Any] = dict(preset="tiny" if model == "tiny" else "real")
     folder = Path(model).expanduser()
     for run in (folder, folder.parent):
@@ -200,7 +201,7 @@ def configure(model: str = "tiny", **given: Any) -> Config:
 
 def read_config(run: str | Path) -> dict[str, Any]:
     """The settings of the run in a folder."""
-    with explain(f"There is no run in {run}", "name the folder that --out named"):
+    with explain(f"There is no run in {run} that can be read", "name the folder that --out named"):
         saved = json.loads(Path(run, "config.json").expanduser().read_text(encoding="utf-8"))
         return {f.name: saved[f.name] for f in fields(Config)}
 
@@ -239,7 +240,7 @@ def load_problems(
         if names and name not in names:
             raise UsageError(f"{source} has no {name} column, only {', '.join(names)}; rename one.")
     problems, unusable, too_long = [], 0, 0
-    with explain(f"The chat template refuses {source}", "give other messages or another template"):
+    with explain(f"{source} cannot be read as chats", "fix it, or the model's chat template"):
         for row in tqdm(rows, "reading problems", leave=False, delay=2):
             messages = as_messages(row.get(question), system)
             problem = Problem(messages, as_answer(row.get(answer), answer == "solution"))
@@ -354,13 +355,16 @@ def arithmetic(heldout: bool = False) -> dict[str, str]:
 
 # 3 Reward =========================================================================================
 
-SYNONYMS = {  # our spelling: those that it replaces; a set is «1,2», a matrix ((1,2),(3,4))
-    "*": r"\cdot \times · ×", "-": "− –", "±": r"\pm", "^": "**", "^{2}": "²", "%": r"\%",
-    ":": r"\setminus \to \implies \otimes \circ \subset", "|": r"\lvert \rvert \mid", "<": r"\lt",
-    "≤": r"\le \leq \leqslant", "≥": r"\ge \geq \geqslant", "≠": r"\ne \neq", ">": r"\gt",
-    "((": r"\begin", "))": r"\end", "),(": r"\\", ",": r"; & ∪ \cup", "«": r"\{", "»": r"\}",
-    "∞": r"\infty", "∈": r"\in", r"\pi ": "π", r"\sqrt ": "√", r"\dots ": "...", r"\frac12 ": "½",
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\emptyset ": r"∅ \varnothing", r"\binom": r"\dbinom",
+SYNONYMS = {  # the spelling kept: those it replaces. A set is «1,2», a matrix ((1,2),(3,4))
+    "*": r"\cdot \times · × ⋅ ∗", "-": "− –", "±": r"\pm", "^": "**", "^{2}": "²", "%": r"\%",
+    ":": r"\setminus \to \implies \otimes \circ \subset", "|": r"\lvert \rvert \vert \mid",
+    "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant", "≥": r"\ge \geq \geqslant", "∈": r"\in",
+    "≠": r"\ne \neq", "≈": r"\approx", "∞": r"\infty", "((": r"\begin", "))": r"\end",
+    "),(": r"\\", ",": r"; & ∪ \cup", "(": r"\langle", ")": r"\rangle", "«": r"\{ \lbrace",
+    "»": r"\} \rbrace", r"\lceil{(": r"\lceil", r"\lfloor{(": r"\lfloor", ")}": r"\rceil \rfloor",
+    r"\pi ": "π", r"\sqrt ": "√", r"\dots ": "...", r"\frac12 ": "½", r"\asin ": r"\arcsin",
+    r"\acos ": r"\arccos", r"\atan ": r"\arctan", r"\emptyset ": r"∅ \varnothing",
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom",
     r"\text": r"\textbf \textit \textrm \mathrm \mathbf \boldsymbol \mbox \operatorname",
     " ": r"$ \$ ~ ° \degree \left \right \bigl \bigr \, \: \; \! \( \) \quad \displaystyle \boxed",
 }  # fmt: skip
@@ -375,18 +379,21 @@ SPELLINGS: list[tuple] = [  # what, by what[, a sign: only if exactly one of the
     (r"[\s.,:]+$|\s+(?![a-zA-Z0-9\s])|(?<![a-zA-Z0-9])\s+", ""),  # 2 x + y. -> 2 x+y
     (r",?(\\text\{,?(and|or)\}| ?\b(and|or)\b ?)", ","),  # x=1\text{or}x=2 -> x=1,x=2
     (r"=(?=[^{}]*\}|[^,]*=)", ":"), (r"([A-Z])\^\{?(T|-1)\}?", r"\1:\2:"),  # \sum_{k:1}, A:T:B
+    (r"^[^,«]*:[^,«]*=", "", ":"), (r"(?<=.)≈.*", ""),  # x:2+3=5 -> 5, \pi≈3.14 -> \pi
     (rf"^\\text\{{([^{{}}]*?)\.?\}}$|\\text\{{([ei]|[\d.]+|{FUNCTION})\}}", r"\1\2"),  # \text{i}
-    (r"(_|\^|\\mathbb|\\sqrt) ?(\d+|\w)|(\\frac) ?(\d)", r"\1\3{\2\4}"),  # \frac1x -> \frac{1}x
+    (r"(_|\^|\\mathbb|\\sqrt) ?(\d+|[\w+*])|(\\frac) ?(\d)", r"\1\3{\2\4}"),  # \frac1x -> \frac{1}x
     (rf"\\sqrt\[(\w+)\]({GROUP}|\w)", r"(\2^{1/\1})"),  # \sqrt[3]{x} -> ({x}^{1/3})
     (r"(?<![\w./^})])(\d+)(?:\\frac\{| )(\d+)[}/](\d+|\{\d+\})", r"(\1+\2/\3)"),  # 1 1/4 -> (1+1/4)
     (r"\\?log_(\{\w+\})", r"(1/\\log\1)\\log "), (r"(\d+|[a-zA-Z]|\([^()]*\))!", r"!{\1}"),  # 5!
-    (r"(?<![\\a-zA-Z])([a-df-hj-zA-Z]'*)\(([^-+()]*)\)", r"\1{(\2)}"),  # f(2) -> f{(2)}, not 2f
+    (r"(?<![\\a-zA-Z])([a-df-hj-zA-Z](?:_\{\w+\})?'*)\(([^-+()]*)\)", r"\1{(\2)}"),  # f(2)
+    (r"(\\(?:Gamma|zeta|varphi|phi|psi|det|text\{\w+\})'*)\(([^()]*)\)", r"\1{(\2)}"),  # not 2f
+    (r"(^|∈)\\mathbb\{R\}$", r"\1(-∞,∞)"),
     (rf"(?<=[\d)}}]) ?(?![abcxyz]{{3}}|{FUNCTION})(([ckm]m|[a-zA-Z]{{3}})[a-zA-Z ]*)$",
      r"\\text{\1}"), (r"^[a-zA-Z ]{2,}$", lambda m: rf"\text{{{m[0].lower()}}}"),  # 5 miles, Yes
     (r"(?<![^,])[^,]*[>≥][^,]*", lambda m: "".join(re.split("([>≥])", m[0])[::-1])),  # 2>x -> x>2
     (">", "<"), ("≥", "≤"), (r"(?<![^,«])([^,«»]*)±([^,«»]*)", r"\1+\2,\1-\2"),  # 1±x -> 1+x,1-x
     (rf"^([^a-zA-Z=]+)=[a-zA-Z]$|(^|,){NAME}[=∈](?![a-zA-Z]*$)", r"\1\2", "[=∈]"),  # x=2 -> 2
-    (r"\\text\{(for|where|with)\b[^{}]*\}.*$|(?<=[\w)}])\\text\{(?!.?illion|doz|squared|or|,)"
+    (r"\\text\{(for|where|with)\b[^{}]*\}.*$|(?<=[\w)}])\\text\{(?!.?(illion|hund|thou)|doz|squared|or|,)"
      r"[^{}]*\}(\^\{\d\})?(?=,|$)", "", r"\\text"),  # 27\text{miles} -> 27
     (r"(?<![^,])(?:([^<≤,]+)([<≤]))?\\?[a-zA-Z](?:([<≤])([^<≤,]+))?(?![^,])", lambda m:
      "[("[m[2] != "≤"] + f"{m[1] or '-∞'},{m[4] or '∞'}" + "])"[m[3] != "≤"], "[<≤]"),  # x<2
@@ -394,7 +401,11 @@ SPELLINGS: list[tuple] = [  # what, by what[, a sign: only if exactly one of the
 TOKEN = r"\\?(text\{[^{}]*\}|(?:\d*\.\d{1,8}|\d+)(?:[eE](?:\d\d?|-\d\d))?(?!\d)|(?:"
 TOKEN += rf"(?<=\\)[a-zA-Z]+|{FUNCTION}|[a-zA-Z]{{4,}}|[a-zA-Z])'*(?:_\{{[^{{}}]*\}})?'*|\S)"
 FUNCTIONS: dict = {name: f for name, f in vars(cmath).items() if callable(f)}  # sin, sqrt, ...
-FUNCTIONS |= {"+": pos, "-": neg, "!": lambda n: math.gamma(n + 1), "ln": cmath.log}
+FUNCTIONS |= {"+": pos, "-": neg, "ln": cmath.log, "csc": lambda z: 1 / cmath.sin(z)}
+FUNCTIONS |= {"cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z)}
+FUNCTIONS["!"] = lambda n: (
+    math.gamma(n + 1) if n % 1 or n > 999 else Fraction(math.factorial(int(n)))
+)
 CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi}  # other letters are random
 BRACKETS = {"()": "(#)", "[]": "[#]", "(]": "(#]", "[)": "[#)", "{}": "{}", "«»": "{}"}
 SIGNS: dict = {"+": add, "-": sub, "=": sub, "*": mul, "/": truediv, "^": pow}
@@ -418,7 +429,7 @@ def math_reward(completion: str, answer: str) -> float:
 
     Both get one spelling, then stand for numbers, exact or to ten digits. Letters are random ones:
     formulas equal at two points are equal (Schwartz, Zippel). What is no formula is compared as
-    text. It does not know |-3|, 0.333..., sums, integrals, nor that sin(pi) is exactly 0.
+    text. It does not know |-3|, 0.333..., \sin^2, sums, nor that sin(pi) is exactly 0.
     """
     given, gold = extract_boxed(completion[-100_000:]) or "", answer.strip()
     if given == gold or max(len(given), len(gold)) > 300:
@@ -503,8 +514,8 @@ def load_model(
                 raise ValueError(f"it lacks {len(missing)} of its weights, such as {missing[0]}")
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
                 raise ValueError("its tokenizer has more tokens than the model has embeddings")
-        drawn = model.generation_config  # transformers saves what it says only with do_sample
-        drawn.do_sample = bool(drawn.temperature or drawn.top_k or drawn.top_p)
+        saved = model.generation_config  # cannot be saved with any of these, but without do_sample
+        saved.do_sample = bool(saved.temperature or saved.top_k or saved.top_p)
     check_model(model.eval())
     return place(model, device, dtype), tokenizer
 
@@ -599,12 +610,12 @@ def encode(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     if tokenizer.chat_template is None:
         ids = tokenizer("\n\n".join(m["content"] for m in problem.messages) + "\n\n").input_ids
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some end every text
-    settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)  # as in P
     render = partial(tokenizer.apply_chat_template, **settings)
-    text, system = "", first["content"].strip() if first["role"] == "system" else ""
-    with contextlib.suppress(jinja2.TemplateError) if system else contextlib.nullcontext():
+    text, system = "", first["content"].strip() if first["role"] == "system" else None
+    with contextlib.nullcontext() if system is None else contextlib.suppress(jinja2.TemplateError):
         text = render(problem.messages)
-    if system not in text:
+    if system is not None and (not text or system not in text):
         text = render([dict(rest[0], content=f"{system}\n\n{rest[0]['content']}"), *rest[1:]])
     if not text:
         raise UsageError("The model's chat template renders nothing; give it another one.")
@@ -633,17 +644,20 @@ class Completion:
     """A sampled completion."""
 
     ids: list[int] = field(default_factory=list)  # with the end token
-    logps: list[float] = field(default_factory=list)  # while sampling; to check, not log pi_old
+    logps: list[float] = field(
+        default_factory=list
+    )  # as sampled, to check; `update` computes log pi_old
     entropies: list[float] = field(default_factory=list)  # of pi, in nats
     ended: bool = False  # by an end token, not by the length limit
     prompt: list[int] = field(default_factory=list)
 
 
 class SlotCache:
-    """Keys and values of the sequences that are being decoded. To transformers it is a cache. Row i
-    owns slot i, and what its token at position t leaves is in column t. So sequences of different
-    lengths need no left padding, and a finished row's slot can be taken over. Columns beyond a
-    row's position hold leftovers, masked until the row overwrites them."""
+    """Keys and values of the sequences that are being decoded. To transformers it is a cache. The
+    i-th running sequence, row i, owns slot i, and what its token at position t leaves is in column
+    t. So sequences of different lengths need no left padding, and a finished row's slot can be
+    taken over. Columns beyond a row's position hold leftovers, masked until they are overwritten.
+    """
 
     def __init__(self, slots: int, columns: int):
         self.slots, self.columns = slots, -(-columns // 16) * 16
@@ -677,9 +691,9 @@ class SlotCache:
 
 
 def read_prompts(model: Model, prompts: list[list[int]], cache: SlotCache, first: int) -> Tensor:
-    """Read prompts into the free slots, those from `first` on, equal prompts once. The first n fit:
-    as many as there are slots, at most slots / 8 different ones, since reading takes memory.
-    Returns the hidden states (n, D) of their last tokens."""
+    """Read the first n prompts, equal ones once, into the free slots, those from `first` on; n: as
+    many as fit, of at most slots / 8 different prompts, since reading takes memory. Returns the
+    hidden states (n, D) of their last tokens."""
     different: list[list[int]] = []  # k of them
     owner = []  # for each prompt, its index among them
     for prompt in prompts[: cache.slots - first]:
@@ -773,7 +787,7 @@ def sample(
 
 # 6 Internal policies ==============================================================================
 
-HEAD_TOKENS = 1024  # that get logits at a time: (B, T, V), those of all, would fill any GPU
+HEAD_TOKENS = 1024  # tokens that get logits at a time; those of all (B, T, V) would fill any GPU
 
 
 def internal_hidden(
@@ -833,8 +847,8 @@ def token_logps(
     """log pi^l (N,) of the N tokens where mask is True, row by row, given all before each; and, if
     asked, entropies (N,) of pi^l, without gradient; float32, nats. ids, mask (B, T) as from `pad`.
     At layer = L the final norm always applies. Only positions before such tokens go through
-    lm_head, HEAD_TOKENS at a time; logits of all but the last chunk are computed again in the
-    backward pass, which begins with that one."""
+    lm_head, HEAD_TOKENS at a time. The backward pass computes the logits of each such chunk again,
+    except those of the last one, with which it begins."""
     norm = norm or layer == len(model.get_decoder().layers)
     targets = ids[:, 1:][mask[:, 1:]]  # (N,)
     hidden = internal_hidden(model, ids, layer, recompute=recompute)  # (B, T, D)
@@ -843,8 +857,8 @@ def token_logps(
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = policy_logits(model, hidden, norm).float()  # (n, V)
         logps = (logits if temperature == 1 else logits / temperature).log_softmax(-1)  # (n, V)
-        chosen, fixed = logps.gather(-1, targets[:, None])[:, 0], logps.detach()
-        return chosen, -fixed.exp().mul_(fixed).sum(-1) if entropy else None  # (n,) each; Eq. 7
+        chosen, constant = logps.gather(-1, targets[:, None])[:, 0], logps.detach()
+        return chosen, -constant.exp().mul_(constant).sum(-1) if entropy else None  # (n,); Eq. 7
 
     *chunks, last = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
     scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
@@ -888,8 +902,9 @@ def boundary_layer(ffn_entropy_change: list[float], tolerance: float = 0.1) -> i
     """The last layer of the exploring region, the lowest run of layers whose FFN's entropy change
     is clearly positive: above `tolerance` times the largest. If there is none: L, pi itself."""
     threshold = tolerance * max(0.0, *ffn_entropy_change)
-    for layer, changes in enumerate(itertools.pairwise([*ffn_entropy_change, -math.inf]), start=1):
-        if changes[0] > threshold >= changes[1]:
+    changes = [*ffn_entropy_change, -math.inf]
+    for layer, (change, above) in enumerate(itertools.pairwise(changes), start=1):
+        if change > threshold >= above:
             return layer
     return len(ffn_entropy_change)
 
@@ -908,7 +923,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """min(rho A, clip(rho, 1 - eps, 1 + eps) A) per token, to be maximized: Eq. 9; at l = L, Eq. 3.
     All of one shape. rho = pi^l_new / pi^l_old, both of the policy being optimized, is how far the
-    updates on this rollout have moved it. There is no importance weight, pi^l / pi."""
+    updates on this rollout have moved it. As in the paper, there is no importance weight pi^l / pi:
+    a completion of pi counts the same however unlikely pi^l would have been to draw it."""
     ratio = (logps - old_logps).exp()
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
@@ -929,8 +945,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def evaluate(
     model: Model, tokenizer: Tokenizer, problems: list[Problem], config: Config
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """avg@k and pass@1..k of pi, from k completions of each problem, and the completions;
-    always from the same random stream. eval_se: standard error of eval_avg over problems."""
+    """avg@k and pass@1..k of pi, from k completions of each problem, and these completions, always
+    from the same random stream. eval_se: standard error of eval_avg over problems."""
     k, samples = config.eval_k, []
     asked = [problem for problem in problems for _ in range(k)]
     completions, _ = rollout(model, tokenizer, asked, config, "evaluation")
@@ -938,7 +954,7 @@ def evaluate(
         text = tokenizer.decode(c.ids, skip_special_tokens=True)
         said = dict(completion=text, ended=c.ended, reward=math_reward(text, problem.answer))
         samples.append(dict(asdict(problem), **said, prompt_ids=c.prompt, ids=c.ids))
-    rewards = [sample["reward"] for sample in samples]
+    rewards = [record["reward"] for record in samples]
     right = [int(sum(rewards[i : i + k])) for i in range(0, len(rewards), k)]  # of each problem's k
     error = stdev(c / k for c in right) / len(right) ** 0.5 if len(right) > 1 else None
     passed = [fmean(pass_at_k(k, c, j) for c in right) for j in range(1, k + 1)]
@@ -969,16 +985,16 @@ def train(config: Config, resume: bool = False) -> Path:
     if held_out and state["step"] == 0:
         evaluate_and_log(0, model, tokenizer, held_out, config)
     history: list[dict[str, Any]] = []
-    low = num_layers = len(model.get_decoder().layers)
+    num_layers = len(model.get_decoder().layers)
     steps = range(state["step"] + 1, config.steps + 1)
     bar = tqdm(steps, "training", config.steps, initial=state["step"], disable=not steps)
-    STOP.clear()  # from here on a request to stop lets the step finish
+    STOP["limit"] = 2  # from here on the first request to stop lets the step finish
     try:
         for step in bar:
             # 1 Draw problems, and G completions of each from the full policy pi, in either phase.
             times = [time.perf_counter()]
-            drawn = problems_of_step(step, len(problems), config.prompts_per_step, config.seed)
-            asked = [problems[i] for i in drawn for _ in range(config.group_size)]
+            indices = problems_of_step(step, len(problems), config.prompts_per_step, config.seed)
+            asked = [problems[i] for i in indices for _ in range(config.group_size)]
             completions, sequences = rollout(model, tokenizer, asked, config, f"rollout {step}")
             times.append(time.perf_counter())
 
@@ -990,11 +1006,10 @@ def train(config: Config, resume: bool = False) -> Path:
             advantages = group_advantages(torch.tensor(rewards).view(-1, config.group_size))
 
             # 4 Choose the policy to optimize: pi^l in phase 1, then pi.
-            if config.internal_layer != "auto":
-                low = int(config.internal_layer)
-            elif step <= config.internal_steps:
-                state["boundary"] = state["boundary"] or find_boundary(model, sequences, config)
-                low = state["boundary"]
+            auto = config.internal_layer == "auto"
+            if auto and step <= config.internal_steps and not state["boundary"]:
+                state["boundary"] = find_boundary(model, sequences, config)
+            low = state["boundary"] if auto else int(config.internal_layer)
             layer = optimized_layer(step, config.internal_steps, low, num_layers)
 
             # 5 Maximize the clipped surrogate of that policy, one optimizer update per mini-batch.
@@ -1010,18 +1025,18 @@ def train(config: Config, resume: bool = False) -> Path:
             log(out / "metrics.jsonl", metrics)
             if held_out and step % config.eval_every == 0:
                 evaluate_and_log(step, model, tokenizer, held_out, config)
-            if STOP:
-                STOP.append("saving")  # an impatient second Ctrl-C must not lose the checkpoint
-            if STOP or step % config.save_every == 0 or step == config.steps:
+            STOP["limit"] = math.inf  # an impatient second Ctrl-C must not lose the checkpoint
+            if STOP["asked"] or step % config.save_every == 0 or step == config.steps:
                 save_checkpoint(config, model, tokenizer, optimizer, state)
-            if STOP:
+            STOP["limit"] = 2
+            if STOP["asked"]:
                 raise KeyboardInterrupt
             history.append(metrics)
             advise(bar, history)
     except OSError:  # nobody reads any more, or the disk is full: lose no step
         save_checkpoint(config, model, tokenizer, optimizer, state)
         raise
-    STOP.append("trained")  # from here on the first request interrupts again
+    STOP["limit"] = 1  # from here on the first request interrupts again
     if held_out and config.steps % config.eval_every:
         evaluate_and_log(config.steps, model, tokenizer, held_out, config)
     if config.steps:
@@ -1043,7 +1058,7 @@ def describe(
     return dict(
         reward=fmean(rewards),
         entropy=entropy,  # of pi
-        layer_entropy=entropy,  # of the policy optimized; in phase 1 `update` knows it
+        layer_entropy=entropy,  # of the policy optimized; in phase 1 `update` has another
         completion_tokens=tokens / len(completions),
         truncated=fmean(not c.ended for c in completions),
         zero_std_groups=fmean((advantages == 0).all(-1).tolist()),
@@ -1060,8 +1075,8 @@ def evaluate_and_log(
     """Evaluate, log it with a completion of each of the first eight problems, and show one."""
     metrics, samples = evaluate(model, tokenizer, problems, config)
     k, first, error = config.eval_k, samples[0], metrics["eval_se"]
-    for sample in samples[: 8 * k : k]:
-        log(Path(config.out, "completions.jsonl"), dict(step=step, **sample))
+    for record in samples[: 8 * k : k]:
+        log(Path(config.out, "completions.jsonl"), dict(step=step, **record))
     log(Path(config.out, "metrics.jsonl"), dict(step=step, **metrics))
     known = "" if error is None else f" (standard error {error:.1%})"
     score = f"avg@{k} {metrics['eval_avg']:.1%}{known}, pass@{k} {metrics['eval_pass'][-1]:.1%}"
@@ -1081,9 +1096,9 @@ def update(
     config: Config,
 ) -> dict[str, float]:
     """Maximize the mean clipped surrogate of pi^layer, one optimizer update per mini-batch, for C
-    (prompt, completion) pairs, those of a problem side by side, with advantages (C,). The mean
-    (Eq. 9; at l = L, Eq. 3) is over all completion tokens of a mini-batch or (--loss-average
-    sequence) per completion, then over completions, those without advantage included."""
+    (prompt, completion) pairs, those of a problem side by side, with advantages (C,). The mean is
+    over all completion tokens of a mini-batch or, as in Eq. 3 and 9 (--loss-average sequence), per
+    completion, then over completions. Those without advantage count in it, as zeros."""
     model.eval()  # in updates too: with dropout, rho would be a matter of chance
     internal, size = layer < len(model.get_decoder().layers), config.mini_batch * config.group_size
     lengths = torch.tensor([len(c) for _, c in sequences], device=model.device)  # (C,)
@@ -1110,7 +1125,7 @@ def update(
     ratios, clipped, grad_norms = [], [], []
     for micros in plan:
         for micro in micros:
-            first = micro[0] not in scored  # mini-batch: no update has moved pi^l yet
+            first = micro[0] not in scored  # in the first mini-batch: nothing has moved pi^l yet
             logps, entropies = score(micro, internal and first)  # (N,) each, N completion tokens
             if first:
                 scored[micro[0]] = (logps.detach(), entropies)
@@ -1142,12 +1157,13 @@ class MasterAdamW:
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, where: str):
         """`model` has float32 weights, which become the masters, and leaves with `dtype`. auto: the
-        GPU if weights, masters, gradients and moments, 18 bytes in all, fit into half of it."""
+        GPU if weights, masters, gradients and moments, 18 bytes in all, fit into half of what is
+        free there."""
         self.weights, self.device = list(model.parameters()), torch.device("cpu")
         size = sum(weight.numel() for weight in self.weights)
         if device.type == "cuda" and where != "cpu":
-            memory = torch.cuda.get_device_properties(device).total_memory
-            self.device = device if where == "cuda" or 18 * size <= memory / 2 else self.device
+            free, _ = torch.cuda.mem_get_info(device)
+            self.device = device if where == "cuda" or 18 * size <= free / 2 else self.device
         self.masters = self.weights
         if dtype != torch.float32 or device != self.device:
             self.masters = [nn.Parameter(w.detach().to(self.device)) for w in self.weights]
@@ -1189,6 +1205,7 @@ def rollout(
     ends, stream = end_tokens(model, tokenizer), random_stream(model.device, config.seed, purpose)
     most, rows = config.max_new_tokens, rollout_rows(model, max(map(len, prompts)), config)
     completions = sample(model, prompts, most, ends, config.temperature, rows, stream, purpose)
+    torch.cuda.empty_cache()  # an update needs blocks of other sizes
     return completions, [(c.prompt, c.ids) for c in completions]
 
 
@@ -1202,9 +1219,9 @@ def rollout_rows(model: Model, longest_prompt: int, config: Config) -> int:
         torch.cuda.empty_cache()
         memory = 0.9 * torch.cuda.mem_get_info(model.device)[0]
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim  # numbers, a column
+    column = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim  # numbers in the cache
     reading = longest_prompt / 8 * (8 * c.hidden_size + 4 * c.intermediate_size)  # an eighth reads
-    numbers = cache * (longest_prompt + config.max_new_tokens + 16) + reading
+    numbers = column * (longest_prompt + config.max_new_tokens + 16) + reading
     return max(1, int(memory // (numbers * model.dtype.itemsize + 32 * c.vocab_size)))
 
 
@@ -1244,14 +1261,15 @@ def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
 
 # 10 Files and command line ========================================================================
 
-STOP: list[Any] = []  # with an entry, `train` stops after the step; a second one interrupts
+LOGS = ("metrics.jsonl", "completions.jsonl")
+STOP: dict[str, float] = dict(asked=0, limit=1)  # requests to stop; which of them interrupts
 
 
 def ask_to_stop(number: int, frame: Any) -> None:
-    """In training, the first Ctrl-C, SIGTERM or SIGHUP lets the step finish. The second one, or one
-    at another time, interrupts."""
-    STOP.append(number)
-    if len(STOP) == 2:
+    """In training, the first Ctrl-C, SIGTERM or SIGHUP lets the step finish, and a second Ctrl-C
+    interrupts it; a terminal that closes may send SIGHUP twice. At other times one interrupts."""
+    STOP["asked"] = max(1, STOP["asked"] + (number == signal.SIGINT))
+    if STOP["asked"] >= STOP["limit"]:
         raise KeyboardInterrupt
 
 
@@ -1266,12 +1284,14 @@ def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
             torch.cuda.init()
             torch.cuda.set_device(device.index or 0)
             native = torch.cuda.is_bf16_supported(including_emulation=False)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, so each token
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, so at each token
     if config.preset == "tiny":
         torch.set_num_threads(1)  # more make so small a model slower
     if config.optimizer_device == "cuda" and device.type == "cpu":
         raise UsageError("--optimizer-device cuda needs --device cuda; give auto.")
     low = config.precision == "bfloat16" or (config.precision == "auto" and native)
+    if device.type == "cuda" and not low:  # no fused kernel there shares keys between query heads
+        sdpa_attention.use_gqa_in_sdpa = lambda *_: False  # so copy the keys: T^2 memory otherwise
     return device, torch.bfloat16 if low else torch.float32
 
 
@@ -1350,7 +1370,7 @@ def save_checkpoint(
         model.config.dtype = "float32"  # which the masters are, whatever the model computes in
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        logs = {file.name: file.read_text(encoding="utf-8") for file in out.glob("*.jsonl")}
+        logs = {name: (out / name).read_text("utf-8") for name in LOGS if (out / name).exists()}
         torch.save(dict(state, logs=logs, adam=optimizer.adam.state_dict()), folder / "training.pt")
     for old in checkpoints(out)[: -config.keep] if config.keep else []:
         shutil.rmtree(old)
@@ -1364,8 +1384,8 @@ def load_checkpoint(start: Path | None, optimizer: MasterAdamW) -> dict[str, Any
     with explain(f"The checkpoint {start} is damaged or of another model", fix):
         state = torch.load(start / "training.pt", optimizer.device, weights_only=True)
         optimizer.adam.load_state_dict(state.pop("adam"))
-    for later in start.parent.glob("*.jsonl"):
-        later.unlink()
+    for name in LOGS:
+        (start.parent / name).unlink(missing_ok=True)
     for name, text in state.pop("logs").items():
         (start.parent / name).write_text(text, encoding="utf-8")
     tqdm.write(f"Resumed     after step {state['step']}, from {start}")
@@ -1417,6 +1437,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
     folder = given.pop("resume")
     if folder is None:
         return configure(**given), False
+    if "out" in given:
+        raise UsageError("A run that resumes stays in its folder; leave --out away.")
     return Config(**{**read_config(folder), **given, "out": folder}), True
 
 
@@ -1425,7 +1447,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    STOP[:] = ["loading"]  # so that until training begins, the first request interrupts
+    STOP.update(asked=0, limit=1)
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, ask_to_stop)

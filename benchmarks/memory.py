@@ -83,7 +83,7 @@ def plan(name: str, card: int, config: bupo.Config) -> str:
     c, total = qwen3(SHAPES[name], tied=name != "Qwen3-8B"), card * USABLE
     with torch.device("meta"):
         size = transformers.Qwen3ForCausalLM(c).num_parameters()
-    beside = 18 * size <= total / 2  # as MasterAdamW decides
+    beside = 18 * size <= (total - CONTEXT) / 2  # as MasterAdamW decides
     always = (2 + 12 * beside) * size  # weights; masters and two moments
     free = total - CONTEXT - always
     length, most = config.max_prompt_tokens + config.max_new_tokens, config.micro_batch_tokens

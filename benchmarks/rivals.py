@@ -17,6 +17,7 @@ import bupo
 
 DEVICE, DTYPE = bupo.choose_device(bupo.Config())
 GPU = DEVICE.type == "cuda"
+PAGES = dict(page_size=64, max_batch_tokens=8192 if GPU else 512)  # of continuous batching
 
 
 def plain_model(folder: str, dtype: torch.dtype) -> Any:
@@ -60,11 +61,10 @@ def by_generate(model, prompts: list[list[int]], lengths: list[int], cache: str)
 
 
 def by_continuous_batching(model, prompts: list[list[int]], lengths: list[int]) -> list[int]:
-    """The engine of `generate_batch`, which takes no length for each row, but here one can. On a
-    CPU its cache is as large as all sequences: its default is most of the memory."""
+    """The engine of `generate_batch`, which takes no length for each row, but here one can. Its
+    cache is as large as all sequences: its default is most of the memory."""
     blocks = (sum(map(len, prompts)) + sum(lengths)) // 64 + 2 * len(prompts)
-    small = dict(page_size=64, num_blocks=blocks, max_batch_tokens=512)
-    cache = dict(max_memory_percent=0.5) if GPU else small
+    cache = dict(PAGES, num_blocks=blocks)
     draw = dict(do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
     how = dict(generation_config=transformers.GenerationConfig(**draw))
     how["continuous_batching_config"] = transformers.ContinuousBatchingConfig(**cache)
@@ -105,7 +105,7 @@ def trl_steps(turn: Any, s: dict[str, Any], continuous: bool) -> None:
     updates = s["prompts_per_step"] // s["mini_batch"]
     # Continuous batching takes no minimum, so no token is the end; its default cache is too large.
     ends: dict[str, Any] = dict(eos_token_id=-1) if continuous else dict(min_new_tokens=s["tokens"])
-    cache = {} if GPU else dict(num_blocks=128, page_size=64, max_batch_tokens=512)
+    cache = dict(PAGES, num_blocks=128)
     generation = dict(generation_kwargs=ends, use_transformers_continuous_batching=continuous)
     generation |= dict(transformers_continuous_batching_config=cache if continuous else None)
 

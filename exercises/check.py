@@ -80,7 +80,7 @@ EXERCISES = {
             ("the layer after", "return layer", "return layer + 1"),
             ("any positive change explores", LARGEST, "0.0"),
             ("tolerance in nats", LARGEST, "tolerance"),
-            ("region must begin at layer 1", "changes[0] > threshold >=", "threshold >="),
+            ("region must begin at layer 1", "change > threshold >=", "threshold >="),
             ("last exploring layer of all", BODY, f"return {LAST} or len(ffn_entropy_change)"),
             ("a change of 0 explores", "> threshold", ">= threshold"),
         ],
