@@ -195,8 +195,8 @@ FREE |= {"micro_batch_tokens", "gradient_checkpointing"}  # runs that differ in 
 
 def read_lines(file: Path) -> list[dict]:
     """The objects of a file of JSON lines, but a last line that a run has not ended yet."""
-    text = file.read_text(encoding="utf-8")
     with bupo.explain(f"{file} has no JSON lines with a step", "give a file of bupo.py"):
+        text = file.read_text(encoding="utf-8")
         records = [json.loads(line) for line in text[: text.rindex("\n")].splitlines()]
         return [dict(record, step=record["step"]) for record in records]
 
@@ -542,7 +542,7 @@ def parse(arguments: list[str] | None = None) -> tuple[tuple, argparse.Namespace
     def flag(name: str) -> str:  # --dataset: the held-out one, since nothing is trained
         return "--" + name.removeprefix("eval_").replace("_", "-")
 
-    parser = argparse.ArgumentParser(description="Pictures of internal policies and of runs.")
+    parser = argparse.ArgumentParser(description="See internal policies.", usage=argparse.SUPPRESS)
     add: Any = parser.add_argument
     add("--model", nargs="+", help="tiny [default], Hub ids, folders, checkpoints, runs")
     add("--lens", action="store_true", default=None, help="token x layer: what each layer says")

@@ -17,16 +17,16 @@ converge, and rewarding a low policy makes its layers find early what reasoning 
 above l do not learn meanwhile (embeddings, norm and lm_head do), so a long phase 1 makes pi
 collapse.
 
-     1 Settings                   98 lines  Config: each setting with its default
-     2 Problems                  147 lines  Problem, load_problems, the built-in task
-     3 Reward                    123 lines  math_reward
-     4 Model                     150 lines  load_model, check_model; the tiny model
-     5 Rollouts                  146 lines  SlotCache, sample
-     6 Internal policies         123 lines  internal_hidden, policy_logits, token_logps
-     7 Objective                  24 lines  group_advantages, clipped_surrogate
+     1 Settings                   99 lines  Config: each setting with its default
+     2 Problems                  157 lines  Problem, load_problems, the built-in task
+     3 Reward                    133 lines  math_reward
+     4 Model                     152 lines  load_model, check_model; the tiny model
+     5 Rollouts                  148 lines  SlotCache, sample
+     6 Internal policies         124 lines  internal_hidden, policy_logits, token_logps
+     7 Objective                  25 lines  group_advantages, clipped_surrogate
      8 Evaluation                 28 lines  pass_at_k, evaluate
-     9 Training                  296 lines  train, update, MasterAdamW
-    10 Files and command line    214 lines  the run's folder, main
+     9 Training                  297 lines  train, update, MasterAdamW
+    10 Files and command line    219 lines  the run's folder, main
 
 Start with `train`, `update`, `clipped_surrogate`, `internal_hidden` and `sample`: the method is in
 them and in sections 5 to 8, a third of the lines; the others read data, check answers, load models
@@ -98,7 +98,7 @@ def explain(problem: str, fix: str) -> Iterator[None]:
             raise
         while error.__cause__:
             error = error.__cause__  # type: ignore[assignment]
-        why = str(error).strip().partition("\n")[0].rstrip(".")[:200] or type(error).__name__
+        why = " ".join(str(error).split())[:200].rstrip(".:, ") or type(error).__name__
         raise UsageError(f"{problem} ({why}); {fix}.") from error
 
 
@@ -172,7 +172,8 @@ class Config:
             form = words.replace("1|2|...", "[1-9][0-9]{0,8}")
             right = re.fullmatch(form, str(value), re.DOTALL) is not None
             if f.type in (int, float):
-                right, words = least <= value <= most, f"from {least} to {most:g}"
+                right = type(value) in (int, f.type) and least <= value <= most
+                words = f"a number from {least} to {most:g}"
             if not right:
                 name, words = f.name.replace("_", "-"), words.replace("|", " or ")
                 raise UsageError(f"--{name} must be {words}, not {value!r}.")
@@ -238,7 +239,9 @@ def load_problems(
     answer = next((name for name in ANSWERS if name in names), "answer")
     for name in (question, answer):
         if names and name not in names:
-            raise UsageError(f"{source} has no {name} column, only {', '.join(names)}; rename one.")
+            raise UsageError(
+                f"{source} has no {name} column, only {', '.join(map(str, names))}; rename one."
+            )
     problems, unusable, too_long = [], 0, 0
     with explain(f"{source} cannot be read as chats", "fix it, or the model's chat template"):
         for row in tqdm(rows, "reading problems", leave=False, delay=2):
@@ -263,11 +266,15 @@ def load_problems(
 def read_rows(source: str) -> Any:
     """The rows, dictionaries, of a file, a URL or a Hub data set; types may vary in a column."""
     kind = re.search(r"\.(parquet|jsonl?|csv|tsv)(\.gz)?(\?.*)?$", source.lower())
-    with explain(f"The data set {source} cannot be loaded", "check its name and the connection"):
+    with explain(
+        f"The data set {source} cannot be loaded", "check its name, its content, the connection"
+    ):
         if not kind:
             import datasets  # slow to import, and files need none of it
 
             name, *rest = source.split(":")
+            if Path(source).expanduser().is_file():
+                raise ValueError("its name ends in none of .parquet, .json, .jsonl, .csv and .tsv")
             found = datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else None)
             if isinstance(found, dict):  # of splits
                 found = found["train"] if "train" in found else next(iter(found.values()))
@@ -279,13 +286,17 @@ def read_rows(source: str) -> Any:
             import pyarrow.parquet
 
             return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
-        text = data.decode("utf-8-sig").strip()
+        text = data.decode("utf-8-sig").strip("\r\n ")  # the first name in a .tsv may be empty
         if kind[1] in ("csv", "tsv"):
             csv.field_size_limit(2**31 - 1)
             delimiter = "," if kind[1] == "csv" else "\t"
             return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-        lines = [text] if text.startswith("[") else filter(str.strip, text.split("\n"))
-        found = [json.loads(line, parse_float=str) for line in lines]
+        found = []
+        for n, line in enumerate([text] if text.startswith("[") else text.split("\n"), start=1):
+            with explain(
+                f"{source} is no JSON at line {n}", "write a row a line, or a list of rows"
+            ):
+                found += [json.loads(line, parse_float=Decimal)] if line.strip() else []
         found = found[0] if text.startswith("[") else found
         return [row for row in found if isinstance(row, dict)]
 
@@ -326,7 +337,7 @@ def as_answer(value: Any, must_be_marked: bool = False) -> str:
         if isinstance(value, list) and len(value) != 1:
             return ""
         value = value[0] if isinstance(value, list) else value.get("ground_truth")
-    if isinstance(value, float):  # 5e-05 is 0.00005
+    if isinstance(value, (float, Decimal)):  # 5e-05 is 0.00005
         value = f"{Decimal(str(value)):f}" if math.isfinite(value) else ""
     _, mark, text = str("" if value is None else value).rpartition("####")
     boxes = set(find_boxes(text))
@@ -503,6 +514,8 @@ def load_model(
             folder, fix = folder / "model", "this run has not finished: name one of its checkpoints"
         if (folder / "adapter_config.json").exists():
             fix = "it is a LoRA adapter: merge it into its base model first"
+        if (folder / "training.pt").exists():
+            fix = "remove this checkpoint, and --resume continues from the one before"
         with explain(f"The model {name} cannot be loaded", fix):
             source = str(folder) if folder.exists() else name
             safe: Any = dict(trust_remote_code=False)  # the default is to ask, and a yes runs code
@@ -514,8 +527,8 @@ def load_model(
                 raise ValueError(f"it lacks {len(missing)} of its weights, such as {missing[0]}")
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
                 raise ValueError("its tokenizer has more tokens than the model has embeddings")
-        saved = model.generation_config  # cannot be saved with any of these, but without do_sample
-        saved.do_sample = bool(saved.temperature or saved.top_k or saved.top_p)
+        ends = model.generation_config.eos_token_id  # all that is used; some others cannot be saved
+        model.generation_config = transformers.GenerationConfig(eos_token_id=ends)
     check_model(model.eval())
     return place(model, device, dtype), tokenizer
 
@@ -628,7 +641,7 @@ def end_tokens(model: Model, tokenizer: Tokenizer) -> set[int]:
     ids = model.generation_config.eos_token_id
     ends = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
     turn = [dict(role="user", content="2"), dict(role="assistant", content="THE ANSWER")]
-    with contextlib.suppress(jinja2.TemplateError, ValueError):  # ValueError: it has no template
+    with contextlib.suppress(Exception):  # it has no template, or one that refuses such a turn
         text = tokenizer.apply_chat_template(turn, tokenize=False).partition("THE ANSWER")[2]
         after = tokenizer(text, add_special_tokens=False).input_ids
         special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
@@ -653,11 +666,10 @@ class Completion:
 
 
 class SlotCache:
-    """Keys and values of the sequences that are being decoded. To transformers it is a cache. The
-    i-th running sequence, row i, owns slot i, and what its token at position t leaves is in column
-    t. So sequences of different lengths need no left padding, and a finished row's slot can be
-    taken over. Columns beyond a row's position hold leftovers, masked until they are overwritten.
-    """
+    """Keys and values of the sequences that are being decoded; to transformers, a cache. Row i, the
+    i-th running sequence, owns slot i, and what its token at position t leaves is in column t. So
+    sequences of different lengths need no left padding, and a finished row's slot can be taken
+    over. Columns beyond a row's position hold leftovers, masked until they are overwritten."""
 
     def __init__(self, slots: int, columns: int):
         self.slots, self.columns = slots, -(-columns // 16) * 16
@@ -1425,7 +1437,7 @@ def advise(bar: tqdm, history: list[dict[str, Any]]) -> None:
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
     """The `Config` of a command line, of which every field is a flag, and whether to resume."""
-    parser = argparse.ArgumentParser(description="Bottom-up Policy Optimization. [Defaults]")
+    parser = argparse.ArgumentParser(description="BuPO. [Defaults]", usage=argparse.SUPPRESS)
     for f in fields(Config):
         name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
         kind: Any = dict(type=f.type, metavar=f.metadata.get("choices", ""))
@@ -1437,8 +1449,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
     folder = given.pop("resume")
     if folder is None:
         return configure(**given), False
-    if "out" in given:
-        raise UsageError("A run that resumes stays in its folder; leave --out away.")
+    if "out" in given or "model" in given:
+        raise UsageError("--resume takes neither --out nor --model: a run keeps its own.")
     return Config(**{**read_config(folder), **given, "out": folder}), True
 
 

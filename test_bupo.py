@@ -509,8 +509,8 @@ LEAK = [*CHAT, dict(role="assistant", content=r"The answer is \boxed{4}")]
         ({"problem": "u", "solution": r"so \boxed{\frac{1}{2}}"}, r"\frac{1}{2}"),  # MATH
         ({"problem": "u", "solution": r"$x = 1/2$ or $x = 2$: $\boxed 2$."}, "2"),
         ({"question": "u", "final_answer": "Yes", "difficulty": 3.5}, "Yes"),  # DeepMath
-        ({"question": "u", "answer": 42.0}, "42.0"),
-        ({"question": "u", "final_answer": ["42"]}, "42"),
+        ({"question": "u", "final_answer": [42.0]}, "42.0"),
+        ({"question": "u", "answer": 1e-5}, "0.00001"),
         ({"prompt": CHAT, "reward_model": {"ground_truth": "9"}, "question": "other"}, "9"),
         ({"prompt": json.dumps(CHAT), "reward_model": json.dumps({"ground_truth": "9"})}, "9"),
         ({"prompt": PARTS, "answer": "4"}, "4"),
@@ -539,7 +539,8 @@ def test_rows_without_a_question_or_one_checkable_answer_are_dropped_and_counted
 
 def test_files_of_every_kind_are_read_and_a_type_may_vary(tmp_path, monkeypatch):
     rows = [dict(question="a", answer=i) for i in range(10001)] + [dict(question="b", answer="x")]
-    table = "\n".join(["question,answer", *(f"{row['question']},{row['answer']}" for row in rows)])
+    cells = [(i, *row.values()) for i, row in enumerate(rows)]  # with an index, as pandas writes it
+    table = "\n".join([",question,answer", *("{},{},{}".format(*row) for row in cells)])
     (tmp_path / "x.csv").write_text(table)
     (tmp_path / "x.tsv").write_text(table.replace(",", "\t"))
     text = Path(write_rows(tmp_path / "x.jsonl", rows)).read_bytes()
@@ -713,6 +714,7 @@ def guessing(tmp_path_factory) -> dict:
     rows = [dict(question=q, answer=bupo.extract_boxed(solution)) for q, solution in sums]
     file = write_rows(folder / "x.jsonl", rows)
     model = run(out=folder / "m", **SHORT | dict(pretrain_steps=120, steps=1, lr=0.0))
+    edit(model / "model" / "generation_config.json", temperature=0.0)  # which cannot be saved
     asked = dict(dataset=file, eval_dataset=file, temperature=0.9, max_new_tokens=12)
     sizes = dict(prompts_per_step=8, group_size=8, mini_batch=4, internal_steps=2, save_every=1)
     sizes |= dict(steps=5, eval_every=2, eval_problems=4, eval_k=2, keep=0)
@@ -983,9 +985,10 @@ def test_every_setting_is_a_flag_with_help_and_both_defaults(capsys):
         with pytest.raises(SystemExit) as stopped:
             bupo.main(arguments)
         assert stopped.value.code == code
-    text, settings = " ".join(capsys.readouterr().out.split()), bupo.configure().__dict__
-    assert "30 or 20) [30, tiny: 10]" in text
-    assert all(f"{'--' + name.replace('_', '-')} " in text for name in settings)
+    said, settings = capsys.readouterr(), bupo.configure().__dict__
+    assert len(said.err.splitlines()) == 1
+    assert "30 or 20) [30, tiny: 10]" in " ".join(said.out.split())
+    assert all(re.search(f"--{name.replace('_', '-')}[ ,\n]", said.out) for name in settings)
 
 
 @pytest.mark.parametrize(
@@ -999,11 +1002,10 @@ def test_every_setting_is_a_flag_with_help_and_both_defaults(capsys):
         ("--dataset {tmp}/long.jsonl --max-prompt-tokens 3", "1 too long"),
         ("--steps 0 --eval-problems 0", "--steps 0"),
         ("--out {tmp}", "--out"),
-        ("--out .", "is there already"),
         ("--out {tmp}/{long}", "name too long"),
         ("--model {tmp}/longrope --max-new-tokens 99", "at most 64"),
         ("--model {tmp}/silent --eval-dataset {tmp}/long.jsonl", "renders nothing"),
-        ("--device meta", "--device must be"),
+        ("--dataset {tmp}/torn.jsonl", "line 2"),
         ("--internal-layer 7", "1 to 6"),
         ("--internal-layer low", "--internal-layer must be auto or"),
         ("--mini-batch 3", "--mini-batch must divide"),
@@ -1020,6 +1022,7 @@ def test_every_setting_is_a_flag_with_help_and_both_defaults(capsys):
 )
 def test_bad_input_gets_one_sentence(arguments, word, finished, tmp_path, capsys):
     (tmp_path / "noise.parquet").write_bytes(b"no parquet at all")
+    (tmp_path / "torn.jsonl").write_text('{"question": "1", "answer": 1}\n{"quest')
     write_rows(tmp_path / "columns.jsonl", [dict(a=1, b=2)])
     write_rows(tmp_path / "long.jsonl", [dict(question="1+2+3", answer=6)])
     if "longrope" in arguments:
@@ -1049,7 +1052,6 @@ def test_find_boxes():
         (r"\boxed{4} and then \boxed{5", ["4"]),  # the last is cut off
         (r"} { \boxed{6}", ["6"]),
         (r"\boxedx{6} boxed{6} \boxed{", []),
-        ("", []),
     ]:
         assert bupo.find_boxes(text) == boxes
         assert bupo.extract_boxed(text) == (boxes[-1] if boxes else None)
@@ -1142,7 +1144,6 @@ def test_the_reward_is_for_the_last_box_and_only_a_box():
     assert bupo.math_reward(r"\boxed{4} or rather \boxed{5}", "5") == 1
     assert bupo.math_reward(r"\boxed{5} or rather \boxed{4}", "5") == 0
     assert bupo.math_reward("5", "5") == bupo.math_reward(r"\boxed{}", "") == 0
-    assert bupo.math_reward(r"so $\boxed 7$", "7") == 1
 
 
 def paper_golds() -> list[str]:
