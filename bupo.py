@@ -25,7 +25,7 @@ collapse.
      6 Internal policies         124 lines  internal_hidden, policy_logits, token_logps
      7 Objective                  25 lines  group_advantages, clipped_surrogate
      8 Evaluation                 28 lines  pass_at_k, evaluate
-     9 Training                  297 lines  train, update, MasterAdamW
+     9 Training                  299 lines  train, update, MasterAdamW
     10 Files and command line    219 lines  the run's folder, main
 
 Start with `train`, `update`, `clipped_surrogate`, `internal_hidden` and `sample`: the method is in
@@ -161,8 +161,8 @@ class Config:
     # The run:
     pretrain_steps: int = setting(700, "supervised steps first, for --model tiny only")
     seed: int = setting(0, "of everything random", most=2**63)
-    save_every: int = setting(10, "steps between checkpoints", least=1, tiny=20)
-    keep: int = setting(2, "checkpoints to keep; 0 keeps all")
+    save_every: int = setting(10, "steps between checkpoints", least=1)
+    keep: int = setting(2, "checkpoints to keep; 0 keeps all", tiny=0)
     out: str = setting("", "folder to write, new or empty; default: runs/MODEL-DATE-TIME")
 
     def __post_init__(self):
@@ -1066,6 +1066,7 @@ def describe(
     """What the log says of a step besides what `update` measures; entropies: mean, nats."""
     began, sampled, updating, ended = *times, time.perf_counter()
     tokens = sum(len(c.ids) for c in completions)
+    learned = sum(len(c.ids) for c, a in zip(completions, advantages.view(-1), strict=True) if a)
     entropy = sum(sum(c.entropies) for c in completions) / tokens
     return dict(
         reward=fmean(rewards),
@@ -1075,7 +1076,7 @@ def describe(
         truncated=fmean(not c.ended for c in completions),
         zero_std_groups=fmean((advantages == 0).all(-1).tolist()),
         rollout_tokens_per_s=tokens / (sampled - began),
-        update_tokens_per_s=tokens / (ended - updating),
+        update_tokens_per_s=learned / (ended - updating),
         peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9 or None,
         seconds=ended - began,
     )
@@ -1250,7 +1251,8 @@ def find_boundary(model: Model, sequences: Sequences, config: Config) -> int:
         windows.append((prompt + completion[:start], completion[start : start + 32]))
     change = ffn_entropy_change(model, windows, config.micro_batch_tokens)
     layer, rounded = boundary_layer(change), " ".join(f"{value:+.2f}" for value in change)
-    tqdm.write(f"Boundary    layer {layer}; FFN entropy change of each layer, in nats: {rounded}")
+    found = f"layer {layer}" if max(change) > 0 else "none, so phase 1 is GRPO"
+    tqdm.write(f"Boundary    {found}; FFN entropy change of each layer, in nats: {rounded}")
     return layer
 
 

@@ -39,8 +39,10 @@ RULE = r"return re.findall(r'\\(?:boxed|fbox)\s*{%s}', text)"
 # in its place)]); a text that the function does not hold exactly once is an error
 EXERCISES = {
     "internal_hidden": (
-        "top_layer or lower_layer_has or only_the_blocks",
+        "top_layer or lower_layer_has or only_the_blocks or teacher_forced",
         [
+            ("positions of the cache ignored", "cache.position if cache else ", ""),
+            ("mask of the cache ignored", "cache.mask if cache else ", ""),
             ("one layer too low", "layers[:layer]", "layers[: max(0, layer - 1)]"),
             ("final norm applied", "return hidden", "return model.get_decoder().norm(hidden)"),
             ("hidden_states[l], at L normed", BODY, FULL),
