@@ -19,7 +19,7 @@ collapse.
 
      1 Settings                   99 lines  Config: each setting with its default
      2 Problems                  157 lines  Problem, load_problems, the built-in task
-     3 Reward                    133 lines  math_reward
+     3 Reward                    132 lines  math_reward
      4 Model                     152 lines  load_model, check_model; the tiny model
      5 Rollouts                  148 lines  SlotCache, sample
      6 Internal policies         124 lines  internal_hidden, policy_logits, token_logps
@@ -387,25 +387,24 @@ SPELLINGS: list[tuple] = [  # what, by what[, a sign: only if exactly one of the
     (r",\\! *|\{,\}|\^ ?(\{\\circ\}|\\circ)|\[\w+pt\]|\{[pb]?matrix\}|\\\\ ?(?=\\end)", ""),
     (r"\\[a-zA-Z]+|\\.|\.{3}|\*\*|.", lambda m: SYNONYM.get(m[0], m[0])),  # \dfrac1π -> \frac1\pi
     (r"(^|(?<==)) *-?\d{1,3}([, ]\d{3})+(?![\d,])", lambda m: re.sub("[, ]", "", m[0])),  # 4,000
-    (r"[\s.,:]+$|\s+(?![a-zA-Z0-9\s])|(?<![a-zA-Z0-9])\s+", ""),  # 2 x + y. -> 2 x+y
+    (r"(?<=.)≈.*|[\s.,:]+$|\s+(?![a-zA-Z0-9\s])|(?<![a-zA-Z0-9])\s+", ""),  # 2 x + y. -> 2 x+y
     (r",?(\\text\{,?(and|or)\}| ?\b(and|or)\b ?)", ","),  # x=1\text{or}x=2 -> x=1,x=2
     (r"=(?=[^{}]*\}|[^,]*=)", ":"), (r"([A-Z])\^\{?(T|-1)\}?", r"\1:\2:"),  # \sum_{k:1}, A:T:B
-    (r"^[^,«]*:[^,«]*=", "", ":"), (r"(?<=.)≈.*", ""),  # x:2+3=5 -> 5, \pi≈3.14 -> \pi
     (rf"^\\text\{{([^{{}}]*?)\.?\}}$|\\text\{{([ei]|[\d.]+|{FUNCTION})\}}", r"\1\2"),  # \text{i}
     (r"(_|\^|\\mathbb|\\sqrt) ?(\d+|[\w+*])|(\\frac) ?(\d)", r"\1\3{\2\4}"),  # \frac1x -> \frac{1}x
     (rf"\\sqrt\[(\w+)\]({GROUP}|\w)", r"(\2^{1/\1})"),  # \sqrt[3]{x} -> ({x}^{1/3})
     (r"(?<![\w./^})])(\d+)(?:\\frac\{| )(\d+)[}/](\d+|\{\d+\})", r"(\1+\2/\3)"),  # 1 1/4 -> (1+1/4)
     (r"\\?log_(\{\w+\})", r"(1/\\log\1)\\log "), (r"(\d+|[a-zA-Z]|\([^()]*\))!", r"!{\1}"),  # 5!
     (r"(?<![\\a-zA-Z])([a-df-hj-zA-Z](?:_\{\w+\})?'*)\(([^-+()]*)\)", r"\1{(\2)}"),  # f(2)
-    (r"(\\(?:Gamma|zeta|varphi|phi|psi|det|text\{\w+\})'*)\(([^()]*)\)", r"\1{(\2)}"),  # not 2f
-    (r"(^|∈)\\mathbb\{R\}$", r"\1(-∞,∞)"),
+    (r"(\\(?:Gamma|zeta|varphi|phi|psi|det|text\{\w+\})'*)\(([^()]*)\)", r"\1{(\2)}"),  # \zeta(2)
+    (r"(^|∈)\\mathbb\{R\}$", r"\1(-∞,∞)"),  # x∈R
     (rf"(?<=[\d)}}]) ?(?![abcxyz]{{3}}|{FUNCTION})(([ckm]m|[a-zA-Z]{{3}})[a-zA-Z ]*)$",
      r"\\text{\1}"), (r"^[a-zA-Z ]{2,}$", lambda m: rf"\text{{{m[0].lower()}}}"),  # 5 miles, Yes
     (r"(?<![^,])[^,]*[>≥][^,]*", lambda m: "".join(re.split("([>≥])", m[0])[::-1])),  # 2>x -> x>2
     (">", "<"), ("≥", "≤"), (r"(?<![^,«])([^,«»]*)±([^,«»]*)", r"\1+\2,\1-\2"),  # 1±x -> 1+x,1-x
     (rf"^([^a-zA-Z=]+)=[a-zA-Z]$|(^|,){NAME}[=∈](?![a-zA-Z]*$)", r"\1\2", "[=∈]"),  # x=2 -> 2
-    (r"\\text\{(for|where|with)\b[^{}]*\}.*$|(?<=[\w)}])\\text\{(?!.?(illion|hund|thou)|doz|squared|or|,)"
-     r"[^{}]*\}(\^\{\d\})?(?=,|$)", "", r"\\text"),  # 27\text{miles} -> 27
+    (r"\\text\{(for|where|with)\b[^{}]*\}.*$|(?<=[\w)}])\\text\{(?!.?(illion|hund|thou)|doz|squared"
+     r"|or|,)[^{}]*\}(\^\{\d\})?(?=,|$)", "", r"\\text"),  # 27\text{miles} -> 27
     (r"(?<![^,])(?:([^<≤,]+)([<≤]))?\\?[a-zA-Z](?:([<≤])([^<≤,]+))?(?![^,])", lambda m:
      "[("[m[2] != "≤"] + f"{m[1] or '-∞'},{m[4] or '∞'}" + "])"[m[3] != "≤"], "[<≤]"),  # x<2
 ]  # fmt: skip

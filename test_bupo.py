@@ -1087,7 +1087,7 @@ RIGHT = r"""
 \log 2 | \log{2}    \ln(4) | 2\ln(2)    \ln 2 | \log 2    \log_2 8 | 3    \log_{10} 100 | 2
 \log_{2}(x) | \frac{\ln x}{\ln 2}    \tan x | \frac{\sin x}{\cos x}    \sin(2x) | 2\sin x\cos x
 \frac{1}{\tan x} | \cot x    \arctan 1 | \frac{\pi}{4}    \sec x | \frac{1}{\cos x}    40!/39! | 40
-\pi \approx 3.14 | \pi    x = 2+3 = 5 | 5    \mathbb{R} | (-\infty,\infty)    \R^{+} | \R^+
+\pi \approx 3.14 | \pi    \sqrt{51} \approx 7.14 | \sqrt{51}    \mathbb{R} | (-\infty,\infty)
 5! | 120    (n+1)! | (n+1) n!    144 \times 23! | 144\cdot23!    \lvert x\rvert | |x|
 # polynomials
 x^2+2x+1 | (x+1)^2    (x-2)(x+1) | x^2-x-2    3(n+1) | 3n+3    x**2 | x^2    3*x | 3x
