@@ -64,8 +64,7 @@ def layer_states(model: Model, ids: Tensor, mask: Tensor) -> Layers:
     """The states of layers l = 0..L (0: the embeddings) at the N completion tokens, (N, D) each.
 
     ids, mask: (B, T); each token is read at the position before it. 'stream' is H^l; for l > 0 also
-    'attention_input' LN(H^(l-1)), 'attention' A^l, 'ffn_input' LN(H^(l-1) + A^l), 'ffn' F^l.
-    """
+    'attention_input' LN(H^(l-1)), 'attention' A^l, 'ffn_input' LN(H^(l-1) + A^l), 'ffn' F^l."""
     names = "stream", "attention_input", "attention", "ffn_input", "ffn"
     layers: Layers = []
     for block in bupo.residual_stream(model.eval(), ids):  # (B, T, D) each
@@ -572,7 +571,7 @@ def parse(arguments: list[str] | None = None) -> tuple[tuple, argparse.Namespace
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one sentence for what the user can fix."""
+    """Exit code 0; 2 with one sentence for what the user can fix; 130 after Ctrl-C."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -586,6 +585,8 @@ def main(arguments: list[str] | None = None) -> int:
             plt.close(found[1])
             print(f"Written     {out}.png and {out}.json")
         return 0
+    except KeyboardInterrupt:
+        return 130
     except (OSError, UsageError, RuntimeError, MemoryError) as error:
         memory = bupo.out_of_memory(error)
         if isinstance(error, RuntimeError) and not memory:
