@@ -18,14 +18,14 @@ above l do not learn meanwhile (embeddings, norm and lm_head do), so a long phas
 collapse.
 
      1 Settings                   99 lines  Config: each setting with its default
-     2 Problems                  157 lines  Problem, load_problems, the built-in task
+     2 Problems                  151 lines  Problem, load_problems, the built-in task
      3 Reward                    132 lines  math_reward
      4 Model                     152 lines  load_model, check_model; the tiny model
-     5 Rollouts                  148 lines  SlotCache, sample
+     5 Rollouts                  146 lines  SlotCache, sample
      6 Internal policies         124 lines  internal_hidden, policy_logits, token_logps
      7 Objective                  25 lines  group_advantages, clipped_surrogate
      8 Evaluation                 28 lines  pass_at_k, evaluate
-     9 Training                  299 lines  train, update, MasterAdamW
+     9 Training                  298 lines  train, update, MasterAdamW
     10 Files and command line    219 lines  the run's folder, main
 
 Start with `train`, `update`, `clipped_surrogate`, `internal_hidden` and `sample`: the method is in
@@ -239,9 +239,7 @@ def load_problems(
     answer = next((name for name in ANSWERS if name in names), "answer")
     for name in (question, answer):
         if names and name not in names:
-            raise UsageError(
-                f"{source} has no {name} column, only {', '.join(map(str, names))}; rename one."
-            )
+            raise UsageError(f"{source} has no {name} column, only {names}; rename one.")
     problems, unusable, too_long = [], 0, 0
     with explain(f"{source} cannot be read as chats", "fix it, or the model's chat template"):
         for row in tqdm(rows, "reading problems", leave=False, delay=2):
@@ -266,9 +264,7 @@ def load_problems(
 def read_rows(source: str) -> Any:
     """The rows, dictionaries, of a file, a URL or a Hub data set; types may vary in a column."""
     kind = re.search(r"\.(parquet|jsonl?|csv|tsv)(\.gz)?(\?.*)?$", source.lower())
-    with explain(
-        f"The data set {source} cannot be loaded", "check its name, its content, the connection"
-    ):
+    with explain(f"The data set {source} cannot be loaded", "check name, content and connection"):
         if not kind:
             import datasets  # slow to import, and files need none of it
 
@@ -293,9 +289,7 @@ def read_rows(source: str) -> Any:
             return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
         found = []
         for n, line in enumerate([text] if text.startswith("[") else text.split("\n"), start=1):
-            with explain(
-                f"{source} is no JSON at line {n}", "write a row a line, or a list of rows"
-            ):
+            with explain(f"{source} is no JSON at line {n}", "write a row a line, or a list"):
                 found += [json.loads(line, parse_float=Decimal)] if line.strip() else []
         found = found[0] if text.startswith("[") else found
         return [row for row in found if isinstance(row, dict)]
@@ -656,9 +650,7 @@ class Completion:
     """A sampled completion."""
 
     ids: list[int] = field(default_factory=list)  # with the end token
-    logps: list[float] = field(
-        default_factory=list
-    )  # as sampled, to check; `update` computes log pi_old
+    logps: list[float] = field(default_factory=list)  # as sampled, to check; not log pi_old
     entropies: list[float] = field(default_factory=list)  # of pi, in nats
     ended: bool = False  # by an end token, not by the length limit
     prompt: list[int] = field(default_factory=list)
@@ -1169,8 +1161,7 @@ class MasterAdamW:
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, where: str):
         """`model` has float32 weights, which become the masters, and leaves with `dtype`. auto: the
-        GPU if weights, masters, gradients and moments, 18 bytes in all, fit into half of what is
-        free there."""
+        GPU if 18 bytes a weight (itself, master, gradient, moments) are half of what is free."""
         self.weights, self.device = list(model.parameters()), torch.device("cpu")
         size = sum(weight.numel() for weight in self.weights)
         if device.type == "cuda" and where != "cpu":

@@ -998,7 +998,7 @@ def test_every_setting_is_a_flag_with_help_and_both_defaults(capsys):
         ("--dataset {tmp}/none.parquet", "none.parquet"),
         ("--dataset nobody/no-such-data", "cannot be loaded"),
         ("--dataset {tmp}/noise.parquet", "cannot be loaded"),
-        ("--dataset {tmp}/columns.jsonl", "a, b"),
+        ("--dataset {tmp}/columns.jsonl", "'a', 'b'"),
         ("--dataset {tmp}/long.jsonl --max-prompt-tokens 3", "1 too long"),
         ("--steps 0 --eval-problems 0", "--steps 0"),
         ("--out {tmp}", "--out"),
