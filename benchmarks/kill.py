@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 BUPO = Path(__file__).parent.parent / "bupo.py"
-SETTINGS = "--steps 300 --save-every 1 --eval-every 50 --prompts-per-step 4 --mini-batch 2"
+SETTINGS = "--steps 300 --save-every 1 --keep 2 --eval-every 50 --prompts-per-step 4 --mini-batch 2"
 CLOCK = {"rollout_tokens_per_s", "update_tokens_per_s", "peak_memory_gb", "seconds"}
 
 
