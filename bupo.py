@@ -14,18 +14,18 @@ raised or lowered. There is no KL term and no reference model.
 
 Why it should help, says the paper: low layers explore (their FFNs raise the entropy), high ones
 converge, and rewarding a low policy makes its layers find early what reasoning needs. The blocks
-above l do not learn meanwhile (embeddings, norm and lm_head do), so a long phase 1 makes pi
-collapse.
+above l do not learn meanwhile (embeddings, lm_head and, if pi^l applies it, norm do), so a long
+phase 1 makes pi collapse.
 
-     1 Settings                   99 lines  Config: each setting with its default
+     1 Settings                  101 lines  Config: each setting with its default
      2 Problems                  151 lines  Problem, load_problems, the built-in task
      3 Reward                    132 lines  math_reward
      4 Model                     152 lines  load_model, check_model; the tiny model
-     5 Rollouts                  146 lines  SlotCache, sample
+     5 Rollouts                  148 lines  SlotCache, sample
      6 Internal policies         124 lines  internal_hidden, policy_logits, token_logps
      7 Objective                  25 lines  group_advantages, clipped_surrogate
      8 Evaluation                 28 lines  pass_at_k, evaluate
-     9 Training                  298 lines  train, update, MasterAdamW
+     9 Training                  299 lines  train, update, MasterAdamW
     10 Files and command line    219 lines  the run's folder, main
 
 Start with `train`, `update`, `clipped_surrogate`, `internal_hidden` and `sample`: the method is in
@@ -33,7 +33,7 @@ them and in sections 5 to 8, a third of the lines; the others read data, check a
 and keep runs. Equation and table numbers are those of the paper's version 3. On purpose, this file
 departs from the paper (P) or from the authors' code (C):
 
-  - pi^l applies the final norm; P's Eq. 5 and C do not: `--internal-norm none`. See P's Table 5.
+  - pi^l applies the final norm; `--internal-norm none` does not, as Eq. 5 and C (Table 5: both).
   - Updates of phase 1 run blocks 1..l only; C runs all L and builds two full logit matrices.
   - The loss averages over all tokens, as C does; `--loss-average sequence` is P's Eq. 3 and 9.
   - The reward compares values; C compares text and finds \boxed{\text{Yes}} wrong where it is Yes.
@@ -135,7 +135,9 @@ class Config:
     internal_layer: str = setting("auto", "l of phase 1", choices="auto|1|2|...", tiny="3")
     internal_steps: int = setting(30, "steps of phase 1; 0: plain GRPO (30 or 20)", tiny=10)
     internal_norm: str = setting("final", "norm in pi^l (Table 5: both)", choices="final|none")
-    loss_average: str = setting("token", "average the loss over (both)", choices="token|sequence")
+    loss_average: str = setting(
+        "token", "unit of the mean of the loss (both)", choices="token|sequence"
+    )
     clip: float = setting(0.2, "clip ratio, epsilon (0.2)", least=1e-6)
     # The recipe:
     steps: int = setting(300, "training steps; 0 only evaluates (300)", tiny=60)
@@ -527,7 +529,7 @@ def load_model(
 
 
 def place(model: Model, device: str | torch.device, dtype: torch.dtype) -> Model:
-    """Bring the weights to a device and a dtype; buffers keep theirs: rotary ones need float32."""
+    """Bring the weights to a device and a dtype; buffers stay float32, as rotary ones need it."""
     for weight in model.parameters():
         weight.data = weight.data.to(device, dtype)
     return model.to(device)
@@ -649,7 +651,7 @@ def end_tokens(model: Model, tokenizer: Tokenizer) -> set[int]:
 class Completion:
     """A sampled completion."""
 
-    ids: list[int] = field(default_factory=list)  # with the end token
+    ids: list[int] = field(default_factory=list)  # with the end token, if it came
     logps: list[float] = field(default_factory=list)  # as sampled, to check; not log pi_old
     entropies: list[float] = field(default_factory=list)  # of pi, in nats
     ended: bool = False  # by an end token, not by the length limit
@@ -658,7 +660,7 @@ class Completion:
 
 class SlotCache:
     """Keys and values of the sequences that are being decoded; to transformers, a cache. Row i, the
-    i-th running sequence, owns slot i, and what its token at position t leaves is in column t. So
+    i-th running sequence, owns slot i, and column t holds the keys and values of its token t. So
     sequences of different lengths need no left padding, and a finished row's slot can be taken
     over. Columns beyond a row's position hold leftovers, masked until they are overwritten."""
 
@@ -694,9 +696,9 @@ class SlotCache:
 
 
 def read_prompts(model: Model, prompts: list[list[int]], cache: SlotCache, first: int) -> Tensor:
-    """Read the first n prompts, equal ones once, into the free slots, those from `first` on; n: as
-    many as fit, of at most slots / 8 different prompts, since reading takes memory. Returns the
-    hidden states (n, D) of their last tokens."""
+    """Read the first n prompts, equal ones once, into the free slots, `first` and on; n: as many as
+    fit, at most slots / 8 of them different, since reading takes memory. Returns the hidden states
+    (n, D) of their last tokens."""
     different: list[list[int]] = []  # k of them
     owner = []  # for each prompt, its index among them
     for prompt in prompts[: cache.slots - first]:
@@ -761,7 +763,7 @@ def sample(
         # Each row draws a token.
         drawn = draw(policy_logits(model, hidden), temperature, generator)  # (n,) each
         going = []
-        numbers = torch.stack(drawn).tolist()  # as float32: one transfer
+        numbers = torch.stack(drawn).tolist()  # one transfer; float32 is exact for ids
         for c, token, logp, entropy in zip(running, *numbers, strict=True):
             c.ids.append(int(token))
             c.logps.append(logp)
@@ -770,7 +772,9 @@ def sample(
             going.append(not c.ended and len(c.ids) < max_new_tokens)
 
         # Finished rows leave, the others read their token.
-        order = [row for row, goes_on in enumerate(going) if goes_on]  # what each slot will hold
+        order = [
+            row for row, goes_on in enumerate(going) if goes_on
+        ]  # slot -> row that it will hold
         freed = [slot for slot in range(len(order)) if not going[slot]]
         for slot in freed:  # the last row takes a finished one's place
             order.insert(slot, order.pop())
@@ -798,7 +802,7 @@ def internal_hidden(
 ) -> Tensor:
     """The residual stream H^l (B, T, D) after block l = 0..L, before any final norm; runs blocks
     1..l. ids (B, T), int64, padded on the right with anything: causal attention never looks there.
-    recompute: activations anew in the backward pass. Values and gradients are those of
+    recompute: redo activations in the backward pass. Values and gradients are those of
     `hidden_states[layer]`, except that transformers has already normed the last of these."""
     hidden = model.get_input_embeddings()(ids)  # (B, T, D)
     position = cache.position if cache else torch.arange(ids.shape[1], device=ids.device)[None]
@@ -849,9 +853,9 @@ def token_logps(
 ) -> tuple[Tensor, Tensor | None]:
     """log pi^l (N,) of the N tokens where mask is True, row by row, given all before each; and, if
     asked, entropies (N,) of pi^l, without gradient; float32, nats. ids, mask (B, T) as from `pad`.
-    At layer = L the final norm always applies. Only positions before such tokens go through
-    lm_head, HEAD_TOKENS at a time. The backward pass computes the logits of each such chunk again,
-    except those of the last one, with which it begins."""
+    At layer = L the final norm always applies. Only the position before each token goes through
+    lm_head, HEAD_TOKENS at a time. The backward pass recomputes each chunk's logits, but for the
+    last chunk's, which it uses first."""
     norm = norm or layer == len(model.get_decoder().layers)
     targets = ids[:, 1:][mask[:, 1:]]  # (N,)
     hidden = internal_hidden(model, ids, layer, recompute=recompute)  # (B, T, D)
@@ -888,7 +892,7 @@ def residual_stream(model: Model, ids: Tensor) -> Iterator[tuple[Tensor, ...]]:
 @torch.no_grad()
 def ffn_entropy_change(model: Model, sequences: Sequences, tokens: int = 16384) -> list[float]:
     """H(F^l) - H(LN(H^(l-1) + A^l)), l = 1..L: by how much each FFN raises the entropy (Eq. 13).
-    Mean over completion tokens, in nats, of internal modular policies; `tokens` a micro-batch."""
+    Mean over completion tokens, in nats, of internal modular policies; `tokens` per micro-batch."""
     change = [0.0] * len(model.get_decoder().layers)
     for micro in micro_batches(sequences, tokens, range(len(sequences))):
         ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
@@ -971,8 +975,8 @@ GRAD_CLIP = 1.0  # largest norm of a gradient (paper: 1.0)
 
 
 def train(config: Config, resume: bool = False) -> Path:
-    """Run BuPO as `config` says and return the run's folder; resume: from its last checkpoint. All
-    that is random follows from the seed, its purpose and the step, so a resumed run repeats an
+    """Run BuPO as `config` says and return the run's folder; resume: from its last checkpoint. What
+    is drawn follows from the seed, the purpose and the step, so a resumed run repeats an
     undisturbed one, bit for bit on a CPU. Ctrl-C finishes the step and saves a checkpoint."""
     device, dtype = choose_device(config)
     out, start = run_folder(config, resume)
@@ -1029,14 +1033,15 @@ def train(config: Config, resume: bool = False) -> Path:
             if held_out and step % config.eval_every == 0:
                 evaluate_and_log(step, model, tokenizer, held_out, config)
             STOP["limit"] = math.inf  # an impatient second Ctrl-C must not lose the checkpoint
-            if STOP["asked"] or step % config.save_every == 0 or step == config.steps:
+            stop = STOP["asked"]
+            if stop or step % config.save_every == 0 or step == config.steps:
                 save_checkpoint(config, model, tokenizer, optimizer, state)
             STOP["limit"] = 2
-            if STOP["asked"]:
+            if stop:
                 raise KeyboardInterrupt
             history.append(metrics)
             advise(bar, history)
-    except OSError:  # nobody reads any more, or the disk is full: lose no step
+    except OSError:  # a closed pipe or terminal, or a full disk: lose no step
         save_checkpoint(config, model, tokenizer, optimizer, state)
         raise
     STOP["limit"] = 1  # from here on the first request interrupts again
@@ -1062,7 +1067,7 @@ def describe(
     return dict(
         reward=fmean(rewards),
         entropy=entropy,  # of pi
-        layer_entropy=entropy,  # of the policy optimized; in phase 1 `update` has another
+        layer_entropy=entropy,  # of the policy optimized; in phase 1 `update` replaces it
         completion_tokens=tokens / len(completions),
         truncated=fmean(not c.ended for c in completions),
         zero_std_groups=fmean((advantages == 0).all(-1).tolist()),
@@ -1099,37 +1104,37 @@ def update(
     lr: float,
     config: Config,
 ) -> dict[str, float]:
-    """Maximize the mean clipped surrogate of pi^layer, one optimizer update per mini-batch, for C
-    (prompt, completion) pairs, those of a problem side by side, with advantages (C,). The mean is
+    """Maximize the mean clipped surrogate of pi^layer, one optimizer update per mini-batch, for M
+    (prompt, completion) pairs, those of a problem side by side, with advantages (M,). The mean is
     over all completion tokens of a mini-batch or, as in Eq. 3 and 9 (--loss-average sequence), per
-    completion, then over completions. Those without advantage count in it, as zeros."""
+    completion, then over completions. Completions without advantage count as zeros."""
     model.eval()  # in updates too: with dropout, rho would be a matter of chance
     internal, size = layer < len(model.get_decoder().layers), config.mini_batch * config.group_size
-    lengths = torch.tensor([len(c) for _, c in sequences], device=model.device)  # (C,)
-    totals = lengths.view(-1, size).sum(-1).repeat_interleave(size)  # (C,), of mini-batches
-    weights = 1 / (totals if config.loss_average == "token" else size * lengths)  # (C,), of tokens
+    lengths = torch.tensor([len(c) for _, c in sequences], device=model.device)  # (M,)
+    totals = lengths.view(-1, size).sum(-1).repeat_interleave(size)  # (M,), of mini-batches
+    weights = 1 / (totals if config.loss_average == "token" else size * lengths)  # (M,), of tokens
 
     def score(micro: list[int], entropy: bool) -> tuple[Tensor, Tensor | None]:
         ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
         norm, recompute = config.internal_norm == "final", config.gradient_checkpointing
         return token_logps(model, ids, mask, layer, norm, config.temperature, entropy, recompute)
 
-    # Only completions with an advantage move anything. Mini-batches that have none are skipped.
+    # plan: the micro-batches of each mini-batch. Only completions with an advantage are in it.
     split = partial(micro_batches, sequences, config.micro_batch_tokens)
     learns = [i for i, advantage in enumerate(advantages.tolist()) if advantage != 0]
     plan = [split(i for i in learns if i // size == n) for n in range(len(sequences) // size)]
     plan = [micros for micros in plan if micros]
     rest = split(i for i in range(len(sequences)) if i not in learns) if internal else []
 
-    # pi^l_old is pi^l before the first update. The first mini-batch takes log pi^l_old from its own
-    # forward pass below (`first`; rho = 1); the later ones are scored here, before any update.
-    # In phase 1 so are completions without advantage, but only for their entropies, which we log.
+    # pi^l_old is pi^l before any update. The first mini-batch takes log pi^l_old from its own
+    # forward pass (rho = 1); the later ones are scored here. In phase 1, completions without
+    # advantage are scored, too, for the entropy in the log. Key: the first index of a micro-batch.
     with torch.no_grad():
         scored = {micro[0]: score(micro, internal) for micro in itertools.chain(*plan[1:], rest)}
     ratios, clipped, grad_norms = [], [], []
     for micros in plan:
+        first = micros is plan[0]  # nothing has moved pi^l yet
         for micro in micros:
-            first = micro[0] not in scored  # in the first mini-batch: nothing has moved pi^l yet
             logps, entropies = score(micro, internal and first)  # (N,) each, N completion tokens
             if first:
                 scored[micro[0]] = (logps.detach(), entropies)
@@ -1155,13 +1160,13 @@ def update(
 class MasterAdamW:
     """AdamW on float32 masters of the weights of a model of any precision: ZeRO-Offload's idea. In
     bfloat16 a weight is too coarse for a learning rate of 1e-6. So each has a float32 master, with
-    AdamW's moments beside it, on the GPU or the CPU. A micro-batch's gradients go to the masters at
-    once; after a step the weights are the masters, rounded. In float32 on one device a weight is
+    AdamW's moments beside it, on the GPU or the CPU. A gradient goes to its master as soon as it is
+    there; after a step the weights are the masters, rounded. In float32 on one device a weight is
     its own master. AdamW's defaults are the paper's settings."""
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, where: str):
-        """`model` has float32 weights, which become the masters, and leaves with `dtype`. auto: the
-        GPU if 18 bytes a weight (itself, master, gradient, moments) are half of what is free."""
+        """The float32 weights of `model` become the masters, and it gets `dtype`. auto: the GPU if
+        18 bytes a weight (itself, master, gradient, moments) fit into half of what is free."""
         self.weights, self.device = list(model.parameters()), torch.device("cpu")
         size = sum(weight.numel() for weight in self.weights)
         if device.type == "cuda" and where != "cpu":
@@ -1186,9 +1191,9 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        """Clip the gradient, whose norm is returned, and update masters and weights. What has none,
-        as the blocks above l in phase 1, stays bit-identical; a gradient that is not finite moves
-        nothing."""
+        """Clip the gradient, whose norm is returned, update masters and weights. Weights without
+        gradient, such as those above l in phase 1, stay bit-identical; a gradient that is not
+        finite moves nothing."""
         norm = float(nn.utils.clip_grad_norm_(self.masters, GRAD_CLIP))
         if math.isfinite(norm):
             self.adam.param_groups[0]["lr"] = lr
@@ -1214,7 +1219,7 @@ def rollout(
 
 def rollout_rows(model: Model, longest_prompt: int, config: Config) -> int:
     """--rollout-rows; auto: as many as fit into 90 % of a GPU's free memory (a CPU: 4 GB). A row
-    takes keys and values, a share in reading prompts, and 32 bytes a word of the vocabulary."""
+    takes keys and values, a share in reading prompts, and 32 bytes per vocabulary entry."""
     if config.rollout_rows != "auto":
         return int(config.rollout_rows)
     memory, c = 4e9, model.config
@@ -1266,12 +1271,12 @@ def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
 # 10 Files and command line ========================================================================
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
-STOP: dict[str, float] = dict(asked=0, limit=1)  # requests to stop; which of them interrupts
+STOP: dict[str, float] = dict(asked=0, limit=1)  # requests to stop; how many interrupt
 
 
 def ask_to_stop(number: int, frame: Any) -> None:
-    """In training, the first Ctrl-C, SIGTERM or SIGHUP lets the step finish, and a second Ctrl-C
-    interrupts it; a terminal that closes may send SIGHUP twice. At other times one interrupts."""
+    """In training, the first Ctrl-C, SIGTERM or SIGHUP lets the step finish, and a Ctrl-C after it
+    interrupts (not a SIGHUP: a terminal that closes may send two). Otherwise the first one does."""
     STOP["asked"] = max(1, STOP["asked"] + (number == signal.SIGINT))
     if STOP["asked"] >= STOP["limit"]:
         raise KeyboardInterrupt
