@@ -1434,7 +1434,7 @@ def advise(bar: tqdm, history: list[dict[str, Any]]) -> None:
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
     """The `Config` of a command line, of which every field is a flag, and whether to resume."""
-    parser = argparse.ArgumentParser(description="BuPO. [Defaults]", usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="BuPO: (paper) [default]", usage=argparse.SUPPRESS)
     for f in fields(Config):
         name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
         kind: Any = dict(type=f.type, metavar=f.metadata.get("choices", ""))
