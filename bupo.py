@@ -20,7 +20,7 @@ phase 1 makes pi collapse.
      1 Settings                  101 lines  Config: each setting with its default
      2 Problems                  151 lines  Problem, load_problems, the built-in task
      3 Reward                    132 lines  math_reward
-     4 Model                     152 lines  load_model, check_model; the tiny model
+     4 Model                     150 lines  load_model, check_model; the tiny model
      5 Rollouts                  148 lines  SlotCache, sample
      6 Internal policies         124 lines  internal_hidden, policy_logits, token_logps
      7 Objective                  25 lines  group_advantages, clipped_surrogate
@@ -522,8 +522,6 @@ def load_model(
                 raise ValueError(f"it lacks {len(missing)} of its weights, such as {missing[0]}")
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
                 raise ValueError("its tokenizer has more tokens than the model has embeddings")
-        ends = model.generation_config.eos_token_id  # all that is used; some others cannot be saved
-        model.generation_config = transformers.GenerationConfig(eos_token_id=ends)
     check_model(model.eval())
     return place(model, device, dtype), tokenizer
 
