@@ -36,7 +36,7 @@ departs from the paper (P) or from the authors' code (C):
   - pi^l applies the final norm; `--internal-norm none` does not, as Eq. 5 and C (Table 5: both).
   - Updates of phase 1 run blocks 1..l only; C runs all L and builds two full logit matrices.
   - The loss averages over all tokens, as C does; `--loss-average sequence` is P's Eq. 3 and 9.
-  - The reward compares values; C compares text and finds \boxed{\text{Yes}} wrong where it is Yes.
+  - The reward compares values; C compares text and calls \boxed{\text{Yes}} wrong if it is Yes.
   - A mini-batch without any advantage is skipped; C would still move weights, by momentum.
   - Layers count from 1, as in P; C counts from 0.
 """
@@ -289,12 +289,12 @@ def read_rows(source: str) -> Any:
             csv.field_size_limit(2**31 - 1)
             delimiter = "," if kind[1] == "csv" else "\t"
             return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-        found = []
-        for n, line in enumerate([text] if text.startswith("[") else text.split("\n"), start=1):
-            with explain(f"{source} is no JSON at line {n}", "write a row a line, or a list"):
+        found, whole = [], text.startswith("[")  # a list of rows; else there is a row a line
+        for n, line in enumerate([text] if whole else text.split("\n"), start=1):
+            where = source if whole else f"{source}, line {n},"
+            with explain(f"{where} is no JSON", "write a row a line, or a list of rows"):
                 found += [json.loads(line, parse_float=Decimal)] if line.strip() else []
-        found = found[0] if text.startswith("[") else found
-        return [row for row in found if isinstance(row, dict)]
+        return [row for row in (found[0] if whole else found) if isinstance(row, dict)]
 
 
 def from_json(value: Any) -> Any:
@@ -616,7 +616,7 @@ def encode(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     if tokenizer.chat_template is None:
         ids = tokenizer("\n\n".join(m["content"] for m in problem.messages) + "\n\n").input_ids
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some end every text
-    settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)  # as in P
+    settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)  # as P
     render = partial(tokenizer.apply_chat_template, **settings)
     text, system = "", first["content"].strip() if first["role"] == "system" else None
     with contextlib.nullcontext() if system is None else contextlib.suppress(jinja2.TemplateError):
