@@ -616,7 +616,7 @@ def encode(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     if tokenizer.chat_template is None:
         ids = tokenizer("\n\n".join(m["content"] for m in problem.messages) + "\n\n").input_ids
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some end every text
-    settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)  # as P
+    settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)  # as in P
     render = partial(tokenizer.apply_chat_template, **settings)
     text, system = "", first["content"].strip() if first["role"] == "system" else None
     with contextlib.nullcontext() if system is None else contextlib.suppress(jinja2.TemplateError):
