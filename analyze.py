@@ -6,18 +6,17 @@ r"""Pictures of internal policies, of any Llama-like model, checkpoint or run of
     Figures 4,6,7  python analyze.py --runs runs/a runs/b           entropy, length, pass@k, reward
     -              python analyze.py --lens --model tiny runs/x     token x layer: what each says
     -              python analyze.py --overview runs/x              entropy flow and reward of a run
-    -              python analyze.py --sample-layer 3 5             completions by these layers
 
-Counterparts of figures of arXiv 2512.19673, version 3. All but the last write FILE.png, FILE.json.
-Measured are the ids that were sampled, each at the position that predicts it, at temperature 1.
+Counterparts of figures of arXiv 2512.19673, version 3. Each writes FILE.png and FILE.json; --lens
+also FILE.html, a page. Measured: sampled ids, at the positions that predict them, at temperature 1.
 """
 
 import argparse
 import json
 import math
 import sys
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -25,10 +24,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import transformers
-from matplotlib.colors import LogNorm
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import bupo
 from bupo import Config, Model, Sequences, Tokenizer, UsageError
@@ -57,12 +56,13 @@ MEASURES = {  # of `measure`: the column in the table, panel and label in the pr
     "cos_attention": ("cos A", "cosine", "attention $A^l$"),
     "cos_ffn": ("cos F", "cosine", "FFN $F^l$"),
 }
+BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # of byte-level tokenizers
+AT_ONCE = 2048  # tokens that are measured at a time; all their states are kept
 Layers = list[dict[str, Tensor]]  # 0..L: of each, name -> states (N, D) or measures (N,)
 
 
 def layer_states(model: Model, ids: Tensor, mask: Tensor) -> Layers:
     """The states of layers l = 0..L (0: the embeddings) at the N completion tokens, (N, D) each.
-
     ids, mask: (B, T); each token is read at the position before it. 'stream' is H^l; for l > 0 also
     'attention_input' LN(H^(l-1)), 'attention' A^l, 'ffn_input' LN(H^(l-1) + A^l), 'ffn' F^l."""
     names = "stream", "attention_input", "attention", "ffn_input", "ffn"
@@ -91,18 +91,15 @@ def kl(logps: Tensor, others: Tensor) -> Tensor:
 
 def measure(model: Model, layers: Layers, tokens: Tensor, norm: bool, low: int) -> Layers:
     """The MEASURES (n,) of each layer 0..L at n tokens; above layer `low` (0: none) two more.
-
-    layers: of `layer_states`; tokens: (n,), those that followed; norm: whether pi^l has one.
-    """
+    layers: of `layer_states`; tokens: (n,), those that followed; norm: whether pi^l has one."""
     found: Layers = []
     pi = low_policy = speak(model, layers[-1]["stream"], norm=True)  # (n, V)
     for layer, at in enumerate(layers):
         top, stream = layer == len(layers) - 1, layers[layer - 1]["stream"]
         policy = speak(model, at["stream"], norm or top)  # (n, V) Eq. 5
-        one = dict(policy=entropy(policy), kl=kl(pi, policy))
-        one["top1"] = policy.argmax(-1) == pi.argmax(-1)
+        one = dict(policy=entropy(policy), nll=-policy.gather(-1, tokens[:, None])[:, 0])
+        one |= dict(kl=kl(pi, policy), top1=policy.argmax(-1) == pi.argmax(-1))
         one["without_norm"] = entropy(speak(model, at["stream"], norm=top))
-        one["nll"] = -policy.gather(-1, tokens[:, None])[:, 0]
         if layer:
             one["layer_change"] = one["policy"] - found[-1]["policy"]  # Eq. 8
             for name in ("attention", "ffn"):  # Eq. 6, and Eq. 11 to 13
@@ -147,11 +144,9 @@ def profile(model: Model, sequences: Sequences, size: int, norm: bool = True, lo
 
 
 def mean_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
-    """The mean over all tokens, from sums and counts of tokens (C,) of completions; its error.
-
-    Completions are independent, not their tokens: the error is that of a ratio of two sums over
-    completions, with residuals r_i = s_i - mean n_i. None if there is one completion.
-    """
+    """The mean over all tokens, from sums and counts of tokens (C,) of completions, and its error:
+    that of a ratio of two sums over completions, with residuals r_i = s_i - mean n_i, since tokens
+    are not independent, but completions are. None if there is one completion."""
     mean, count = float(sums.sum() / counts.sum()), len(counts)
     residuals = sums - mean * counts  # (C,)
     variance = count / max(1, count - 1) * float((residuals**2).sum())
@@ -160,22 +155,39 @@ def mean_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
 
 @torch.no_grad()
 def read_tokens(model: Model, tokenizer: Tokenizer, prompt: list, ids: list, norm: bool) -> dict:
-    """What each pi^l says where `ids` follow a prompt: COLORS, and its five top tokens."""
-
-    def texts(tokens: list) -> list[str]:
-        return tokenizer.batch_decode([[token] for token in tokens])
-
+    """What each pi^l, and each A^l and F^l (Eq. 6), says where `ids` follow a prompt, with its five
+    top tokens. settled: the layer from which on the token that came next is on top."""
+    text = cache(partial(token_text, tokenizer))
     layers = layer_states(model, *bupo.pad([(prompt, ids)], model.device))
-    following, rows = torch.tensor(ids, device=model.device)[:, None], []  # (n, 1)
-    pi = speak(model, layers[-1]["stream"], norm=True)  # (n, V)
+    following = torch.tensor(ids, device=model.device)[:, None]  # (n, 1)
+    pi, rows, on_top = speak(model, layers[-1]["stream"], norm=True), [], []  # (n, V)
     for layer, at in enumerate(layers):
-        policy = speak(model, at["stream"], norm or layer == len(layers) - 1)  # (n, V)
-        top, said = policy.topk(5), policy.gather(-1, following)  # (n, 5), (n, 1)
-        row = dict(entropy=entropy(policy), prob=said[:, 0].exp(), rank=1 + (policy > said).sum(-1))
-        row |= dict(kl=kl(pi, policy), top_ids=top.indices, top_probs=top.values.exp())
-        one: dict = {name: value.tolist() for name, value in row.items()}
-        rows.append(dict(layer=layer, top=[texts(cell) for cell in one["top_ids"]], **one))
-    return dict(ids=ids, read=texts([prompt[-1], *ids[:-1]]), next=texts(ids), rows=rows)
+        for state in ("attention", "ffn", "stream")[0 if layer else 2 :]:
+            normed = state == "stream" and (norm or layer == len(layers) - 1)
+            policy = speak(model, at[state], normed)  # (n, V)
+            top, said = policy.topk(5), policy.gather(-1, following)  # (n, 5), (n, 1)
+            row = dict(entropy=entropy(policy), prob=said[:, 0].exp(), kl=kl(pi, policy))
+            row |= dict(top_ids=top.indices, top_probs=top.values.exp())
+            row["rank"] = 1 + (policy > said).sum(-1)
+            one: dict = {name: value.tolist() for name, value in row.items()}
+            names = [[text(token) for token in cell] for cell in one["top_ids"]]
+            rows.append(dict(layer=layer, state=state, top=names, **one))
+        on_top.append(top.indices[:, 0] == following[:, 0])  # (n,), of pi^l
+    stays = torch.stack(on_top).flip(0).cumprod(0).sum(0)  # (n,), of how many layers from L down
+    settled = [len(layers) - count if count else None for count in stays.tolist()]
+    words = [text(token) for token in (prompt[-1], *ids)]
+    facts = dict(prompt=tokenizer.decode(prompt), ids=ids, read=words[:-1], next=words[1:])
+    return dict(facts, settled=settled, rows=rows)
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token with its leading space; \\xf0 for a byte that is not a whole character."""
+    name, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
+    if "\ufffd" in text and all(char in BYTES for char in name):
+        return bytes(BYTES[char] for char in name).decode(errors="backslashreplace")
+    if name and name.startswith("\u2581"):  # how SentencePiece writes a space
+        return name.replace("\u2581", " ")
+    return text or f"[{token}]"  # lm_head may be larger than the vocabulary
 
 
 # 2 Runs ===========================================================================================
@@ -188,8 +200,8 @@ CURVES = {  # what --runs draws of the logs
     "layer_entropy": ("Entropy of the policy being optimized", "entropy (nats)"),
     "completion_tokens": ("Completion length", "tokens per completion"),
 }
-FREE = {"seed", "out", "steps", "save_every", "keep", "device", "rollout_rows", "optimizer_device"}
-FREE |= {"micro_batch_tokens", "gradient_checkpointing"}  # runs that differ in these: one setting
+FREE = {"seed", "out", "steps", "save_every", "keep", "device", "optimizer_device", "threads"}
+FREE |= {"rollout_rows", "micro_batch_tokens", "gradient_checkpointing"}  # not of the setting
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -204,9 +216,9 @@ def training_curves(folders: list[str]) -> list[dict]:
     """Curves of runs; those of one setting become one, with its error, as far as all runs got."""
     groups: dict[str, list[tuple]] = defaultdict(list)
     for folder in folders:
-        config, records = bupo.read_config(folder), read_lines(Path(folder, "metrics.jsonl"))
-        setting = {name: value for name, value in config.items() if name not in FREE}
-        groups[json.dumps(setting)].append((folder, config, records))
+        run = bupo.read_settings(Path(folder))
+        setting = json.dumps({name: value for name, value in run.items() if name not in FREE})
+        groups[setting].append((folder, run, read_lines(Path(folder, "metrics.jsonl"))))
     settings = []
     for group in groups.values():
         names, configs, runs = zip(*group, strict=True)
@@ -238,12 +250,6 @@ def curve(runs: tuple[list[dict], ...], name: str) -> dict:
 # 3 Pictures =======================================================================================
 
 FRAME, FONT = "#D55E00", FontProperties(family="DejaVu Sans Mono", size=6.5)  # points
-COLORS = {  # of the lens
-    "entropy": r"entropy of $\pi^l$ (nats)",
-    "prob": r"probability of the next token under $\pi^l$",
-    "rank": r"rank of the next token in $\pi^l$",
-    "kl": r"KL$(\pi \| \pi^l)$ (nats)",
-}
 STEP = "training step"  # the x axis on which phase 1 is gray
 plt.switch_backend("Agg")  # no window
 plt.rc("font", size=8, family="DejaVu Sans")  # comes with matplotlib
@@ -258,10 +264,8 @@ plt.rc("figure.constrained_layout", use=True, w_pad=0.08)  # inches
 
 def picture(panels: list, columns: int, title: str, phase: int = 0) -> plt.Figure:
     """Panels of means with bands of one standard error; gray up to step `phase`, phase 1's end.
-
     A panel: title, x, y, lines {label: {layer or step, mean, se: [...]}}, and a place on the x axis
-    with its name, or None. Of one title: one scale in a row. The same lines in all: one legend.
-    """
+    with its name, or None. Of one title: one scale in a row. The same lines in all: one legend."""
     rows, same = len(panels) // columns, len({panel[0] for panel in panels}) < len(panels)
     how: Any = dict(squeeze=False, sharey="row" if same else "none")
     figure, axes = plt.subplots(rows, columns, figsize=(3.15 * columns, 2.6 * rows), **how)
@@ -294,74 +298,97 @@ def cell_text(token: str, width: float) -> str:
     """A token in a cell of so many inches: spaces visible, escapes for what the font lacks; cut."""
     glyphs = get_font(findfont(FONT))
     token = token.translate({ord(" "): "\u00b7", ord("\n"): "\u21b5", ord("\t"): "\u21e5"})
-    known = [c.isprintable() and glyphs.get_char_index(ord(c)) for c in token]
-    token = "".join(c if k else ascii(c)[1:-1] for c, k in zip(token, known, strict=True))
+    known = {c for c in token if c.isprintable() and glyphs.get_char_index(ord(c))}
+    token = "".join(c if c in known else ascii(c)[1:-1] for c in token)
     most = int((width - 0.03) * 72 / (0.602 * FONT.get_size()))  # all its characters are as wide
     return token if len(token) <= most else token[: most - 1] + "\u2026"
 
 
-def draw_lens(found: list[dict], color: str) -> plt.Figure:
+def draw_lens(found: list[dict]) -> plt.Figure:
     """Token x layer: for each model bands of tokens; a layer is a row, what follows is on top."""
+    found = found if len(found) < 4 else [found[0], found[-1]]
     count, models = len(found[0]["ids"]), len(found)
     bands = math.ceil(count / max(4, 26 // models))
     columns = math.ceil(count / bands)
-    shown = [m["rows"][:: -max(1, math.ceil((len(m["rows"]) - 1) / 16))][::-1] for m in found]
+    layers = [[row for row in one["rows"] if row["state"] == "stream"] for one in found]
+    shown = [rows[:: -max(1, math.ceil((len(rows) - 1) / 16))][::-1] for rows in layers]
     cell = min(max(9.0 / (columns * models), 0.34), 0.6)  # inches of width; 0.2 of height
     size = max(6, models * (cell * columns + 0.5)), bands * (2 + max(map(len, shown))) * 0.2 + 1.1
-    values = [value for rows in shown for row in rows for value in row[color]]
-    scale = LogNorm(1, max(2, *values)) if color == "rank" else plt.Normalize(0, max(1e-3, *values))
-    colors = plt.cm.ScalarMappable(scale, "Blues" if color == "prob" else "Blues_r")
+    most = max(value for rows in shown for row in rows for value in row["entropy"])
+    colors = plt.cm.ScalarMappable(plt.Normalize(0, most), "Blues_r")
     figure, axes = plt.subplots(bands, models, figsize=size, squeeze=False)
-
-    def write(axis: plt.Axes, x: float, y: float, token: str, color: str) -> None:
-        how: Any = dict(ha="center", va="center_baseline", parse_math=False, font=FONT, color=color)
-        axis.text(x + 0.5, y + 0.45, cell_text(token, cell), **how)
-
+    how: Any = dict(ha="center", va="center_baseline", parse_math=False, font=FONT)
     for k, axis in enumerate(axes.flat):
         band, m = divmod(k, models)
         model, rows, part = found[m], shown[m], range(count)[band * columns : (band + 1) * columns]
-        numbers = [[row[color][i] for i in part] for row in rows]
-        axis.pcolormesh(numbers, cmap=colors.cmap, norm=scale, edgecolors="white", linewidth=0.6)
+        numbers = [[row["entropy"][i] for i in part] for row in rows]
+        first = {i: model["settled"][i] for i in part if model["settled"][i] is not None}
+        axis.pcolormesh(numbers, cmap=colors.cmap, norm=colors.norm, edgecolors="white", lw=0.6)
         for x, i in enumerate(part):
-            write(axis, x, -1, model["read"][i], "#666666")
-            write(axis, x, len(rows), model["next"][i], FRAME)
+            axis.text(x + 0.5, -0.55, cell_text(model["read"][i], cell), color="#666666", **how)
+            text = cell_text(model["next"][i], cell)
+            axis.text(x + 0.5, len(rows) + 0.45, text, color=FRAME, **how)
             for y, row in enumerate(rows):
-                light = sum(colors.to_rgba(row[color][i])[:2]) > 0.95  # of blues: red and green
-                write(axis, x, y, row["top"][i][0], "black" if light else "white")
-                if row["top_ids"][i][0] == model["ids"][i]:
-                    frame = plt.Rectangle((x + 0.05, y + 0.07), 0.9, 0.86, fill=False)
-                    axis.add_patch(frame).set(edgecolor=FRAME, linewidth=1.2)
+                light = sum(colors.to_rgba(row["entropy"][i])[:2]) > 0.95  # of blues: red and green
+                text, ink = cell_text(row["top"][i][0], cell), "black" if light else "white"
+                axis.text(x + 0.5, y + 0.45, text, color=ink, **how)
+                if i in first and row["layer"] >= first[i]:
+                    del first[i]
+                    frame: Any = dict(fill=False, edgecolor=FRAME, linewidth=1.2)
+                    axis.add_patch(plt.Rectangle((x + 0.05, y + 0.07), 0.9, 0.86, **frame))
         names = ["reads", *(row["layer"] for row in rows), "next"]
         axis.set(xlim=(0, columns), ylim=(-1, max(map(len, shown)) + 1), xticks=[], frame_on=False)
         axis.set_yticks([y - 0.5 for y in range(len(names))], names)
         axis.tick_params(length=0, pad=2, grid_linewidth=0)
         axis.set_title("" if band else f"layers of {model['model']}", loc="left", pad=2)
-    title = r"Top token of each layer's policy $\pi^l$; framed where it is the token that came next"
-    figure.suptitle(title, fontsize=10)
-    figure.colorbar(colors, ax=axes, location="bottom", shrink=0.5, aspect=50, label=COLORS[color])
+    figure.suptitle(r"Top token of each layer's $\pi^l$; framed: from there up, what came next")
+    bar: Any = dict(location="bottom", shrink=0.5, aspect=50, label=r"entropy of $\pi^l$ (nats)")
+    figure.colorbar(colors, ax=axes, **bar)
     return figure
+
+
+def lens_page(found: list[dict]) -> str:
+    """The page: assets/lens.html with the data, which hold each text once and, instead of
+    probabilities and nats, whole thousandths."""
+    used = Counter(w for one in found for row in one["rows"] for cell in row["top"] for w in cell)
+    number = {word: i for i, (word, _) in enumerate(used.most_common())}  # the commonest: shortest
+
+    def compact(row: dict) -> dict:
+        one: dict = {key: [round(1000 * x) for x in row[key]] for key in ("entropy", "prob", "kl")}
+        one["probs"] = [round(1000 * x) for cell in row["top_probs"] for x in cell]
+        one["top"] = [number[word] for cell in row["top"] for word in cell]
+        kind = dict(stream="", attention="A", ffn="F")[row["state"]]
+        return dict(one, rank=row["rank"], label=f"{kind}{row['layer']}")
+
+    data = {k: found[0][k] for k in ("prompt", "read", "next")}
+    data |= dict(words=list(number), models=[])
+    for one in found:
+        rows = list(map(compact, one["rows"]))
+        data["models"].append(dict(name=one["model"], settled=one["settled"], rows=rows))
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no tag within
+    template = Path(__file__).resolve().parent / "assets" / "lens.html"
+    return template.read_text(encoding="utf-8").replace("DATA", text, 1)
 
 
 # 4 Modes: load, get sequences, measure, print, draw ===============================================
 
 
-def load(name: str, options: argparse.Namespace, run: dict | None = None) -> tuple:
-    """The settings for a model, by the flags given and what the run asked; model and tokenizer."""
+def load(name: str, options: argparse.Namespace, run: str = "") -> tuple:
+    """Settings (flags, else those of the run or of the model's folder), model and tokenizer."""
     given = {k: v for k, v in vars(options).items() if k in SETTINGS and v is not None}
-    asked = {k: run[k] for k in SETTINGS if run and k not in ("device", "precision")}
-    config = bupo.configure(**{**asked, **given, "model": name})
-    model, tokenizer = bupo.load_model(name, seed=config.seed)
-    if name == "tiny":
-        torch.set_num_threads(1)  # more make so small a model slower
-        bupo.pretrain(model, tokenizer, config.pretrain_steps, config.seed)
-    return config, bupo.place(model, *bupo.choose_device(config)), tokenizer
+    config = bupo.configure(run or name, **given)
+    model, tokenizer = bupo.load_model(name)
+    device, dtype = bupo.choose_device(config)
+    for weight in model.parameters():  # buffers stay float32, as rotary ones need it
+        weight.data = weight.data.to(device, dtype)
+    return config, model.to(device), tokenizer
 
 
 def get_sequences(config: Config, model: Model, tokenizer: Tokenizer, options: Any) -> Sequences:
     """(prompt, completion) pairs of token ids: of --text, of --completions, or sampled."""
-    n, source = options.nth or 1, options.completions or "--text"
-    count = n if options.lens else options.problems or 64
-    part = slice(n - 1, n) if options.lens else slice(-count, None)  # of a file, the newest
+    n, source, lens = options.nth or 1, options.completions or "--text", options.lens is not None
+    count = n if lens else options.problems or 64
+    part = slice(n - 1, n) if lens else slice(-count, None)  # of a file, the newest
     if options.text is not None:
         ids = tokenizer(options.text).input_ids
         sequences = [(ids[:1], ids[1:])]
@@ -369,24 +396,18 @@ def get_sequences(config: Config, model: Model, tokenizer: Tokenizer, options: A
         records = read_lines(Path(source))[part]
         sequences = [(record.get("prompt_ids"), record.get("ids")) for record in records]
     else:
-        source = config.eval_dataset
-        problems = bupo.load_problems(source, count, config.system)[part]
-        sequences = complete(config, model, tokenizer, problems)
+        problems = bupo.load_problems(config.eval_dataset, count, config.system)[part]
+        bupo.check_lengths(model, config.max_prompt_tokens + config.max_new_tokens)
+        if not problems:
+            raise UsageError(f"{config.eval_dataset} has no problem {n}; give a lower --nth.")
+        rollout = bupo.rollout(model, tokenizer, problems, config, "analysis")
+        sequences = [(c.prompt, c.ids) for c in rollout]
     size = len(model.get_output_embeddings().weight)
     for ids in (ids for pair in sequences or [((), ())] for ids in pair):
         if not ids or not all(type(i) is int and 0 <= i < size for i in ids):
             raise UsageError(f"{source} lacks prompt_ids or ids of this model; give another.")
+    bupo.check_lengths(model, max(len(prompt) + len(ids) for prompt, ids in sequences))
     return sequences
-
-
-def complete(config: Config, model: Model, tokenizer: Tokenizer, problems: list) -> Sequences:
-    """A sampled completion of each problem, the same at each call."""
-    prompts = [bupo.encode(tokenizer, problem) for problem in problems]
-    rows = bupo.rollout_rows(model, max(map(len, prompts), default=0), config)
-    stream = bupo.random_stream(model.device, config.seed, "analysis")
-    how = config.max_new_tokens, bupo.end_tokens(model, tokenizer), config.temperature, rows
-    found = bupo.sample(model, prompts, *how, stream)
-    return [(prompt, completion.ids) for prompt, completion in zip(prompts, found, strict=True)]
 
 
 def profile_models(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
@@ -395,7 +416,7 @@ def profile_models(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
     for name in options.model or ["tiny"]:
         config, model, tokenizer = load(name, options)
         sequences = get_sequences(config, model, tokenizer, options)
-        one = profile(model, sequences, config.micro_batch_tokens // 4)
+        one = profile(model, sequences, AT_ONCE)
         found.append(dict(model=name, **one))
         print(f"\n{name}: means of {one['tokens']:,} tokens; H, d, KL and NLL in nats")
         print("layer" + "".join(f"{column:>8}" for column, *_ in MEASURES.values()))
@@ -407,21 +428,24 @@ def profile_models(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
     panels = []
     for panel, (title, y) in PANELS.items():
         for one in found:
-            x = f"layer $l$ of {one['model']}"
             names = {name: label for name, (_, where, label) in MEASURES.items() if where == panel}
             drawn = {label: one["measures"][name] for name, label in names.items()}
             lines = {k: {a: b[-one["layers"] :] for a, b in v.items()} for k, v in drawn.items()}
-            mark = one["boundary_layer"], "boundary"
             marked = one["explores"] and panel == "modules"
-            panels.append((title, x, y, lines, mark if marked else None))
+            mark = (one["boundary_layer"], "boundary") if marked else None
+            panels.append((title, f"layer $l$ of {one['model']}", y, lines, mark))
     tokens = (f"{m['model']}: {m['completions']} completions, {m['tokens']} tokens" for m in found)
     return dict(models=found), picture(panels, len(found) if found[1:] else 3, "\n".join(tokens))
 
 
-def lens(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
+def lens(options: argparse.Namespace) -> tuple[dict, plt.Figure, str]:
     """Token x layer, of one completion; of several models the first one samples it."""
     found: list[dict] = []
-    for name in options.model or ["tiny"]:
+    saved = bupo.checkpoints(Path(options.lens)) if options.lens else []
+    if options.lens and not saved:
+        raise UsageError(f"{options.lens} keeps no checkpoint; name a run, or models with --model.")
+    names = [*map(str, saved), *(options.model or [])] or ["tiny"]
+    for name in names:
         config, model, tokenizer = load(name, options)
         if not found:
             ((prompt, ids),) = get_sequences(config, model, tokenizer, options)
@@ -429,10 +453,10 @@ def lens(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
             text = tokenizer.decode([*prompt, *ids])
             print(f"\n{text}")
         if tokenizer.decode([*prompt, *ids]) != text:
-            raise UsageError(f"{name} has another tokenizer than {options.model[0]}; leave it out.")
+            raise UsageError(f"{name} has another tokenizer than {names[0]}; leave it out.")
         one = read_tokens(model, tokenizer, prompt, ids, config.internal_norm == "final")
         found.append(dict(model=name, **one))
-    return dict(models=found), draw_lens(found, options.color or "entropy")
+    return dict(models=found), draw_lens(found), lens_page(found)
 
 
 def curves_of_runs(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
@@ -445,18 +469,18 @@ def curves_of_runs(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
     for name, (title, y) in CURVES.items():
         lines = {one["label"]: one["curves"][name] for one in settings}
         panels.append((title, "k" if name == "eval_pass" else STEP, y, lines, None))
-    end = max(one["internal_steps"] for one in settings)
-    return dict(settings=settings), picture(panels, 3, "Runs; gray: phase 1", end)
+    phase = max(one["internal_steps"] for one in settings)
+    return dict(settings=settings), picture(panels, 3, "Runs; gray: phase 1", phase)
 
 
 def follow_run(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
     """The start of a run and its checkpoints, on the same token ids: what moves is the network."""
     folder = options.overview or options.layers_over_training
-    run, (logs,) = bupo.read_config(folder), training_curves([folder])
+    run, (logs,) = bupo.read_settings(Path(folder)), training_curves([folder])
     saved = {int(path.name.partition("-")[2]): path for path in bupo.checkpoints(Path(folder))}
     if not saved:
         raise UsageError(f"{folder} keeps no checkpoint; run bupo.py with --keep 0, or wait.")
-    config, model, tokenizer = load(run["model"], options, run)
+    config, model, tokenizer = load(run["model"], options, folder)
     last, steps = len(model.get_decoder().layers), logs["internal_steps"]
     layer = options.layer or (logs["layers"] or [last])[0]
     if options.layers_over_training and layer >= last:
@@ -465,8 +489,8 @@ def follow_run(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
     norm, kept = config.internal_norm == "final", {steps, max(saved)} if options.overview else saved
     for step in sorted({0, *saved.keys() & kept}):
         if step:
-            model, _ = bupo.load_model(str(saved[step]), model.device, model.dtype)
-        found = profile(model, sequences, config.micro_batch_tokens // 4, norm, layer)
+            _, model, _ = load(str(saved[step]), options, folder)
+        found = profile(model, sequences, AT_ONCE, norm, layer)
         points.append(dict(step=step, **found))
 
     def over(name: str, k: int) -> dict:  # a measure of layer k against the step
@@ -487,50 +511,27 @@ def follow_run(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
         above = sorted({layer + 1, (layer + 1 + last) // 2, last})
         near, far = ({f"k = {k}": over(f"low_{n}", k) for k in above} for n in ("cosine", "kl"))
         change = {n: over(f"{n.lower()}_change", layer) for n in ("layer", "attention", "FFN")}
-        rest = [
-            (f"Similarity of layers {layer} and k", "cosine of $H^l$ and $H^k$", near),
-            (f"Entropy change of layer {layer}", "entropy change (nats)", change),
-            (f"Divergence of layers {layer} and k", r"KL$(\pi^l \| \pi^k)$ (nats)", far),
-            (r"Log-perplexity of $\pi$", "nats per token", {"policy": over("nll", last)}),
+        nll = dict(policy=over("nll", last))
+        panels = [
+            (f"Similarity of layers {layer} and k", STEP, "cosine of $H^l$ and $H^k$", near, None),
+            (f"Entropy change of layer {layer}", STEP, "entropy change (nats)", change, None),
+            (f"KL of layers {layer} and k", STEP, r"KL$(\pi^l \| \pi^k)$ (nats)", far, None),
+            (r"Log-perplexity of $\pi$", STEP, "nats per token", nll, None),
         ]
-        panels = [(name, STEP, y, lines, None) for name, y, lines in rest]
     title = f"{folder}: the same {len(sequences)} completions at each step; gray: phase 1"
-    facts = dict(logs, run=folder, layer=layer, points=points)
-    return facts, picture(panels, 2, title, steps)
-
-
-def speak_from_layers(options: argparse.Namespace) -> None:
-    """Print completions by pi^l for each l of --sample-layer, and by pi, of a few problems."""
-    for name in options.model or ["tiny"]:
-        config, model, tokenizer = load(name, options)
-        decoder, spoken = model.get_decoder(), {}
-        blocks, norm, last = decoder.layers, decoder.norm, len(decoder.layers)
-        if not all(1 <= layer <= last for layer in options.sample_layer):
-            raise UsageError(f"--sample-layer must be from 1 to {last}, the layers of {name}.")
-        problems = bupo.load_problems(config.eval_dataset, options.problems or 3, config.system)
-        for layer in sorted({*options.sample_layer, last}):  # a model that ends there is pi^l
-            normed = config.internal_norm == "final" or layer == last
-            decoder.layers, decoder.norm = blocks[:layer], norm if normed else nn.Identity()
-            spoken[layer] = complete(config, model, tokenizer, problems)
-        for i, problem in enumerate(problems):
-            print(f"\n{name}: {problem.messages[-1]['content']}  [{problem.answer}]")
-            for layer, sequences in spoken.items():
-                text = tokenizer.decode(sequences[i][1], skip_special_tokens=True)
-                print(f"  layer {layer} of {last}: {' '.join(text.split())}")
+    return dict(logs, run=folder, layer=layer, points=points), picture(panels, 2, title, steps)
 
 
 # 5 Command line ===================================================================================
 
-AS_IN_BUPO = "eval_dataset system max_new_tokens temperature internal_norm "
-AS_IN_BUPO += "pretrain_steps seed device precision rollout_rows micro_batch_tokens"
-SETTINGS = AS_IN_BUPO.split()
+AS_IN_BUPO = "eval_dataset system max_prompt_tokens max_new_tokens temperature internal_norm seed"
+SETTINGS = [*AS_IN_BUPO.split(), "device", "precision", "rollout_rows", "threads"]
 OF_RUN = {*SETTINGS, "problems", "completions", "out"}
-MODES: dict[str, tuple[Callable, str, set[str]]] = {  # default FILE, and the other flags it uses
+MODES: dict[str, tuple[Any, str, set[str]]] = {  # default FILE, and the other flags it uses
     "runs": (curves_of_runs, "curves", {"out"}),
-    "lens": (lens, "lens", OF_RUN - {"problems"} | {"model", "text", "nth", "color"}),
+    "lens": (lens, "lens", OF_RUN - {"problems"} | {"model", "text", "nth"}),
     "overview": (follow_run, "overview", OF_RUN),
     "layers_over_training": (follow_run, "over-training", OF_RUN | {"layer"}),
-    "sample_layer": (speak_from_layers, "", {*SETTINGS, "problems", "model"}),
     "model": (profile_models, "layers", OF_RUN),
 }
 
@@ -544,16 +545,14 @@ def parse(arguments: list[str] | None = None) -> tuple[tuple, argparse.Namespace
     parser = argparse.ArgumentParser(description="See internal policies.", usage=argparse.SUPPRESS)
     add: Any = parser.add_argument
     add("--model", nargs="+", help="tiny [default], Hub ids, folders, checkpoints, runs")
-    add("--lens", action="store_true", default=None, help="token x layer: what each layer says")
+    add("--lens", nargs="?", const="", metavar="RUN", help="token x layer; of all its checkpoints")
     add("--runs", nargs="+", help="training curves of these runs")
     add("--overview", metavar="RUN", help="a run at a glance")
     add("--layers-over-training", metavar="RUN", help="a layer through a run's checkpoints")
-    add("--sample-layer", type=int, nargs="+", help="completions by the policies of these layers")
     add("--layer", type=int, help="of --layers-over-training [the one that was optimized]")
     add("--text", help="what --lens reads in place of a completion")
     add("--nth", type=int, help="problem, or line of --completions, for --lens [1]")
-    add("--color", choices=COLORS, help="what the color of a cell of --lens shows [entropy]")
-    add("--problems", type=int, help="how many to complete [64, for --sample-layer 3]")
+    add("--problems", type=int, help="how many to complete [64]")
     add("--completions", help="a run's completions.jsonl, to measure these instead of sampling")
     add("--out", help="FILE for FILE.png and FILE.json [named by the mode], or its folder")
     for name in SETTINGS:
@@ -579,21 +578,22 @@ def main(arguments: list[str] | None = None) -> int:
         out = Path((options.out or ".").removesuffix(".png"))
         out = out / ending if out.is_dir() else out
         out.parent.mkdir(parents=True, exist_ok=True)  # better to fail before the work
-        if found := work(options):
-            Path(f"{out}.json").write_text(json.dumps(found[0], indent=1) + "\n", encoding="utf-8")
-            found[1].savefig(f"{out}.png", dpi=200)
-            plt.close(found[1])
-            print(f"Written     {out}.png and {out}.json")
+        facts, figure, *page = work(options)
+        Path(f"{out}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        figure.savefig(f"{out}.png", dpi=200)
+        plt.close(figure)
+        for text in page:
+            Path(f"{out}.html").write_text(text, encoding="utf-8")
+        print(f"Written     {out}.png, {out}.json{f' and {out}.html' if page else ''}")
         return 0
     except KeyboardInterrupt:
         return 130
-    except (OSError, UsageError, RuntimeError, MemoryError) as error:
-        memory = bupo.out_of_memory(error)
-        if isinstance(error, RuntimeError) and not memory:
-            raise
-        said = "out of memory; lower --rollout-rows or --micro-batch-tokens." if memory else error
-        print(f"analyze.py: {said}", file=sys.stderr)
-        return 2
+    except (OSError, UsageError) as error:
+        said = str(error).rstrip(".")
+    except torch.OutOfMemoryError:
+        said = "out of memory; lower --rollout-rows, or take --device cpu"
+    print(f"analyze.py: {said}.", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,37 +1,68 @@
 r"""Bottom-up Policy Optimization (BuPO, arXiv 2512.19673) in one file.
 
-Block l of a language model adds what its attention and its FFN compute, A^l and F^l, to the
-residual stream: H^l = H^(l-1) + A^l + F^l. The model draws each token from its policy
-pi = softmax(E_u norm(H^L)): L is the last block, E_u the unembedding (lm_head). Send the hidden
-state of a *lower* block through the same norm and lm_head and you have the logit lens at layer l.
-BuPO takes it for a policy and trains it: the *internal layer policy* pi^l = softmax(E_u norm(H^l)).
+    $ python bupo.py --out runs/x         # two minutes on one core; no GPU, no network
+    Evaluation  step 0: avg@4 39.5% (standard error 1.6%), pass@4 84.4%, 256 held-out problems
+    Boundary    layer 4; FFN entropy change of each layer, in nats: +0.70 +0.42 +0.32 +1.00 ...
+    Evaluation  step 60: avg@4 77.1% (standard error 1.6%), pass@4 97.7%, 256 held-out problems
 
-GRPO samples G completions of each problem, compares the reward of each with the mean of its group,
-and makes the better ones more likely, clipped so that no update goes far. BuPO is GRPO whose first
-steps (phase 1) optimize one low pi^l and whose later steps (phase 2) optimize pi; so GRPO is BuPO
-at l = L. Completions always come from pi; in phase 1 it is their probability under pi^l that is
-raised or lowered. There is no KL term and no reference model.
+A language model is a stack of blocks. BuPO reads it at two heights:
 
-Why it should help, says the paper: low layers explore (their FFNs raise the entropy), high ones
-converge, and rewarding a low policy makes its layers find early what reasoning needs. The blocks
-above l do not learn meanwhile (embeddings, lm_head and, if pi^l applies it, norm do), so a long
-phase 1 makes pi collapse.
+    ids -> E -> block 1 -> ... -> block l -> ... -> block L -> norm -> E_u -> softmax = pi
+                                     |
+                                     +-------> norm -> E_u -> softmax = pi^l
 
-     1 Settings                  101 lines  Config: each setting with its default
-     2 Problems                  151 lines  Problem, load_problems, the built-in task
-     3 Reward                    132 lines  math_reward
-     4 Model                     150 lines  load_model, check_model; the tiny model
-     5 Rollouts                  148 lines  SlotCache, sample
-     6 Internal policies         124 lines  internal_hidden, policy_logits, token_logps
-     7 Objective                  25 lines  group_advantages, clipped_surrogate
-     8 Evaluation                 28 lines  pass_at_k, evaluate
-     9 Training                  299 lines  train, update, MasterAdamW
-    10 Files and command line    219 lines  the run's folder, main
+    Phase 1 trains pi^l: E, blocks 1..l, norm and E_u move, the blocks above l do not. (The norm
+    belongs to pi^l by default; `--internal-norm none` leaves it out.)
+    Phase 2 trains pi: everything moves. In both phases, pi writes the text.
 
-Start with `train`, `update`, `clipped_surrogate`, `internal_hidden` and `sample`: the method is in
-them and in sections 5 to 8, a third of the lines; the others read data, check answers, load models
-and keep runs. Equation and table numbers are those of the paper's version 3. On purpose, this file
-departs from the paper (P) or from the authors' code (C):
+The idea, in eight steps:
+
+ 1. Each block adds what its attention and its FFN compute to the residual stream. H^l is this
+    stream after block l of L, and the model's policy is pi = softmax(E_u norm(H^L)), where E_u is
+    the unembedding (`lm_head`).
+ 2. Send the H^l of a lower block through the same norm and E_u, and it answers, too: a logit lens.
+ 3. BuPO calls this answer a policy, the internal layer policy pi^l = softmax(E_u norm(H^l)).
+ 4. GRPO (group relative policy optimization) samples G completions of a problem from pi. Those
+    whose boxed answer is right get the reward 1, the others 0.
+ 5. The advantage A of a completion is its reward, normalized within its group of G.
+ 6. GRPO makes tokens with A > 0 likelier under pi and those with A < 0 less likely, clipped so that
+    no update goes far. There is no KL term, no reference model and no value network.
+ 7. BuPO does this to pi^l of one low layer l, for the first `internal_steps` steps (phase 1), and
+    then to pi (phase 2). So GRPO is BuPO with l = L.
+ 8. The reason that the paper gives: low layers explore (their FFNs raise the entropy), high layers
+    converge, and rewarding a low policy makes its layers find early what the reasoning needs.
+
+An example: the rewards 1 0 0 1 have the mean 0.5 and the (unbiased) standard deviation 0.577, so A
+is +-0.866. A step is one rollout and then an update for each of its 2 or 4 mini-batches. Let rho be
+a token's probability now, divided by that before the first of them, such as 0.13 / 0.10 = 1.3:
+
+    A = +0.866, rho = 1.1   counts as rho A = +0.95; its gradient makes the token likelier still
+    A = +0.866, rho = 1.3   counts as 1.2 A = +1.04; clipped: no more gradient
+    A = -0.866, rho = 0.7   counts as 0.8 A = -0.69; clipped: no more gradient
+    A = -0.866, rho = 1.3   counts as rho A = -1.13; it went the wrong way and is made less likely
+
+At rho = 1 the gradient of rho A is A grad log pi^l: the policy gradient.
+
+The letters, for tiny/ and for Qwen3-1.7B:
+
+    L   blocks, l: the one of phase 1       6        28
+    D   numbers in a hidden state          64     2,048
+    V   tokens in the vocabulary          102   151,936
+    G   completions of a problem            8         8    a step: 32 problems, 256 completions
+        completions in a mini-batch       128        64    an update each: 2 or 4 a step
+    B   completions in a micro-batch, that is, in one forward and backward pass
+    T   tokens of the longest of them, prompt included; the others are padded
+    N   completion tokens of a micro-batch: these are trained, those of prompts are not
+
+Questions that you may have:
+
+  - pi writes what pi^l learns from, yet there is no importance weight pi^l / pi. Why? The paper
+    gives no reason: it is a heuristic.
+  - The log-probabilities of the sampler do not serve as those of pi^l_old. In phase 1 they are of
+    another policy. In phase 2 they are rounded differently, and rho would not begin at 1.
+  - A long phase 1 ruins pi: the blocks above l go on reading a stream that changes under them.
+
+On purpose, this file departs from the paper (P) or from the authors' code (C):
 
   - pi^l applies the final norm; `--internal-norm none` does not, as Eq. 5 and C (Table 5: both).
   - Updates of phase 1 run blocks 1..l only; C runs all L and builds two full logit matrices.
@@ -39,73 +70,65 @@ departs from the paper (P) or from the authors' code (C):
   - The reward compares values; C compares text and calls \boxed{\text{Yes}} wrong if it is Yes.
   - A mini-batch without any advantage is skipped; C would still move weights, by momentum.
   - Layers count from 1, as in P; C counts from 0.
+
+Equation and table numbers are those of the paper's version 3. The map:
+
+     1 Settings                 lines 134-190   Config
+     2 Internal policies        lines 193-279   internal_hidden, policy_logits, token_logps
+     3 Objective                lines 282-304   group_advantages, clipped_surrogate
+     4 Training                 lines 307-460   train, update
+     5 Rollouts                 lines 463-623   SlotCache, sample
+     6 Which layer              lines 626-687   residual_stream, boundary_layer
+     7 Masters                  lines 690-757   MasterAdamW
+     8 Evaluation               lines 760-785   evaluate
+    The storeroom, from line 788 on: you may stop there.
+     9 Reward                   lines 794-1006  math_reward
+    10 Problems                 lines 1009-1140  load_problems
+    11 Model                    lines 1143-1369  load_model, check_model, encode
+    12 Files and command line   lines 1372-1632  main
 """
+
+from __future__ import annotations
 
 import argparse
 import cmath
 import contextlib
 import csv
-import gzip
 import io
 import itertools
 import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
 import time
-import urllib.request
+import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal
 from fractions import Fraction
 from functools import cache, partial
-from operator import add, mul, neg, pos, sub, truediv
+from operator import add, mul, sub, truediv
 from pathlib import Path
 from random import Random
 from statistics import fmean, stdev
-from typing import Any, TypeAlias
+from typing import Any
+from urllib.request import urlopen
 
-import jinja2  # for the errors of chat templates
-import tokenizers
+import jinja2
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers.integrations import sdpa_attention
 
-Model: TypeAlias = Any  # a transformers.PreTrainedModel with a Llama-like decoder
-Tokenizer: TypeAlias = Any  # a transformers.PreTrainedTokenizerBase
+Model = Any  # a transformers.PreTrainedModel with a Llama-like decoder
+Tokenizer = Any  # a transformers.PreTrainedTokenizerBase
 Sequences = list[tuple[list[int], list[int]]]  # (prompt, completion) pairs of token ids
-
-
-class UsageError(ValueError):
-    """Something the user can fix: one sentence that says what is wrong and what to do."""
-
-
-@contextlib.contextmanager
-def explain(problem: str, fix: str) -> Iterator[None]:
-    """Turn whatever a library raises inside into one sentence: problem, its own words, fix."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UsageError) or out_of_memory(error):
-            raise
-        while error.__cause__:
-            error = error.__cause__  # type: ignore[assignment]
-        why = " ".join(str(error).split())[:200].rstrip(".:, ") or type(error).__name__
-        raise UsageError(f"{problem} ({why}); {fix}.") from error
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, the GPU's or the machine's: torch and CUDA word it differently."""
-    words = "out of memory|allocate memory|ALLOC_FAILED"
-    return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
 
 
 # 1 Settings =======================================================================================
@@ -115,531 +138,326 @@ COMMIT = "d3a85c698912d612c1cdb3edaa9011f450d23344"  # of the authors' repositor
 DATA = f"https://raw.githubusercontent.com/Trae1ounG/BuPO/{COMMIT}/data/"  # their problems
 
 
-def setting(default: Any, help: str, least: float = 0, most: float = 1e12, **more: Any) -> Any:
-    """A field of `Config`: default, help, range or `choices`, and `tiny`, the built-in task's."""
-    shown = f"{default}, tiny: {more['tiny']}" if "tiny" in more else default
-    text = f"{help} [{shown}]".replace("%", "%%")  # as argparse wants it
-    return field(default=default, metadata=dict(help=text, least=least, most=most, **more))
+def setting(default: Any, meaning: str) -> Any:
+    """A field of `Config`: its default, and what `--help` says of it."""
+    return field(default=default, metadata=dict(meaning=meaning))
 
 
 @dataclass
 class Config:
-    """The settings of a run, each of them a flag. In parentheses: the paper's value."""
+    """The settings of a run; each is a flag of the command line. In parentheses: the paper's value.
+    settings.json in a model's folder changes the defaults, as that in tiny/ does for tiny."""
 
-    model: str = setting("tiny", "tiny (built in), a Hub id, a folder, or the folder of a run")
-    preset: str = setting("real", "which defaults to take", choices="real|tiny")
-    dataset: str = setting(DATA + "deepmath-5k.parquet", "to train on", tiny="arithmetic")
-    eval_dataset: str = setting(DATA + "math500.parquet", "held out", tiny="arithmetic-heldout")
-    system: str = setting(SYSTEM, "system message of problems that bring none", tiny="")
+    model: str = setting("tiny", "a folder, that of a run, or an id on the Hub")
+    dataset: str = setting(DATA + "deepmath-5k.parquet", "to train on: a file, a URL, a Hub id")
+    eval_dataset: str = setting(DATA + "math500.parquet", "held out, to evaluate")
+    system: str = setting(SYSTEM, "system message of problems that bring none")
     # The method:
-    internal_layer: str = setting("auto", "l of phase 1", choices="auto|1|2|...", tiny="3")
-    internal_steps: int = setting(30, "steps of phase 1; 0: plain GRPO (30 or 20)", tiny=10)
-    internal_norm: str = setting("final", "norm in pi^l (Table 5: both)", choices="final|none")
-    loss_average: str = setting(
-        "token", "unit of the mean of the loss (both)", choices="token|sequence"
-    )
-    clip: float = setting(0.2, "clip ratio, epsilon (0.2)", least=1e-6)
+    internal_layer: str = setting("auto", "l of phase 1: a number, or auto (6 for Qwen3-4B)")
+    internal_steps: int = setting(30, "steps of phase 1; 0: plain GRPO (30 or 20)")
+    internal_norm: str = setting("final", "norm in pi^l: final or none (Table 5: both)")
+    loss_average: str = setting("token", "unit of the loss's mean: token or sequence (both)")
+    clip: float = setting(0.2, "clip ratio, epsilon (0.2)")
     # The recipe:
-    steps: int = setting(300, "training steps; 0 only evaluates (300)", tiny=60)
-    prompts_per_step: int = setting(32, "problems in a rollout (128)", least=1)
-    group_size: int = setting(8, "completions per problem, G (8)", least=2)
-    mini_batch: int = setting(8, "problems per optimizer update (32)", least=1, tiny=16)
-    lr: float = setting(1e-6, "learning rate of AdamW (1e-6)", most=1, tiny=1e-4)
-    lr_warmup_steps: int = setting(1, "steps in which it rises to --lr (1)", least=1, tiny=5)
-    temperature: float = setting(1.0, "of sampling and of all policies (1)", least=1e-6)
-    max_prompt_tokens: int = setting(1024, "longer prompts are dropped (1,024)", least=1, tiny=40)
-    max_new_tokens: int = setting(2048, "longer completions are cut (7,168)", least=1, tiny=40)
+    steps: int = setting(300, "training steps; 0 only evaluates (300)")
+    prompts_per_step: int = setting(32, "problems in a rollout (128)")
+    group_size: int = setting(8, "completions of a problem, G (8)")
+    mini_batch: int = setting(8, "problems in an optimizer update (32)")
+    lr: float = setting(1e-6, "learning rate of AdamW (1e-6)")
+    lr_warmup_steps: int = setting(1, "steps in which it rises to --lr (1)")
+    temperature: float = setting(1.0, "of sampling and of all policies (1)")
+    max_prompt_tokens: int = setting(1024, "longer prompts are dropped (1,024)")
+    max_new_tokens: int = setting(2048, "longer completions are cut (7,168)")
     # Evaluation:
-    eval_every: int = setting(50, "steps between evaluations (30)", least=1, tiny=20)
-    eval_problems: int = setting(100, "held-out problems; 0: no evaluation (all)", tiny=256)
-    eval_k: int = setting(4, "completions of each, k of avg@k, pass@k (16; AIME: 32)", least=1)
+    eval_every: int = setting(50, "steps between evaluations (30)")
+    eval_problems: int = setting(100, "held-out problems; 0: no evaluation (all)")
+    eval_k: int = setting(4, "completions of each, k of avg@k and pass@k (16; AIME: 32)")
     # The machine:
-    rollout_rows: str = setting("auto", "sequences decoded at once", choices="auto|1|2|...")
-    micro_batch_tokens: int = setting(16384, "tokens per forward and backward pass", least=1)
-    gradient_checkpointing: bool = setting(True, "recompute activations: less memory", tiny=False)
-    device: str = setting("auto", "to compute on", choices="auto|cpu|cuda|cuda:[0-9]")
-    precision: str = setting("auto", "bfloat16 on CUDA", choices="auto|float32|bfloat16")
-    optimizer_device: str = setting("auto", "of float32 masters", choices="auto|cpu|cuda")
+    rollout_rows: str = setting("auto", "sequences decoded at once: a number, or as many as fit")
+    micro_batch_tokens: str = setting("auto", "tokens in a forward and backward pass, or auto")
+    gradient_checkpointing: bool = setting(True, "recompute activations, to save memory")
+    device: str = setting("auto", "auto, cpu or cuda")
+    precision: str = setting("auto", "auto (bfloat16 on a GPU that has it), float32 or bfloat16")
+    optimizer_device: str = setting("auto", "of the float32 masters: auto, cpu or cuda")
+    threads: int = setting(0, "of the CPU; 0: torch decides")
     # The run:
-    pretrain_steps: int = setting(700, "supervised steps first, for --model tiny only")
-    seed: int = setting(0, "of everything random", most=2**63)
-    save_every: int = setting(10, "steps between checkpoints", least=1)
-    keep: int = setting(2, "checkpoints to keep; 0 keeps all", tiny=0)
+    seed: int = setting(0, "of everything random")
+    save_every: int = setting(10, "steps between checkpoints")
+    keep: int = setting(2, "checkpoints to keep; 0 keeps all")
     out: str = setting("", "folder to write, new or empty; default: runs/MODEL-DATE-TIME")
 
-    def __post_init__(self):
-        for f in fields(self):
-            value, least, most = getattr(self, f.name), f.metadata["least"], f.metadata["most"]
-            words = f.metadata.get("choices", ".*")
-            form = words.replace("1|2|...", "[1-9][0-9]{0,8}")
-            right = re.fullmatch(form, str(value), re.DOTALL) is not None
-            if f.type in (int, float):
-                right = type(value) in (int, f.type) and least <= value <= most
-                words = f"a number from {least} to {most:g}"
-            if not right:
-                name, words = f.name.replace("_", "-"), words.replace("|", " or ")
-                raise UsageError(f"--{name} must be {words}, not {value!r}.")
-        if not self.steps and not self.eval_problems:
-            raise UsageError("--steps 0 only evaluates and --eval-problems 0 does not; raise one.")
-        if self.prompts_per_step % self.mini_batch:
-            raise UsageError("--mini-batch must divide --prompts-per-step.")
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
-TINY = {f.name: f.metadata["tiny"] for f in fields(Config) if "tiny" in f.metadata}
-ASKED: tuple[str, ...] = ("preset", "dataset", "eval_dataset", "system", "temperature")
-ASKED += ("max_prompt_tokens", "max_new_tokens", "eval_problems", "eval_k")
+# 2 Internal policies ==============================================================================
+
+HEAD_TOKENS = 1024  # tokens that get logits at a time; those of all (B, T, V) would fill any GPU
 
 
-def configure(model: str = "tiny", **given: Any) -> Config:
-    """The settings given, else the preset's. If `model` is a run's folder or in one, the settings
-    in ASKED are that run's, but not its recipe, such as its learning rate."""
-    known: dict[str, Any] = dict(preset="tiny" if model == "tiny" else "real")
-    folder = Path(model).expanduser()
-    for run in (folder, folder.parent):
-        if model != "tiny" and folder.exists() and (run / "metrics.jsonl").exists():
-            known = {name: value for name, value in read_config(run).items() if name in ASKED}
-    known.update(given)
-    return Config(**{**(TINY if known["preset"] == "tiny" else {}), **known, "model": model})
-
-
-def read_config(run: str | Path) -> dict[str, Any]:
-    """The settings of the run in a folder."""
-    with explain(f"There is no run in {run} that can be read", "name the folder that --out named"):
-        saved = json.loads(Path(run, "config.json").expanduser().read_text(encoding="utf-8"))
-        return {f.name: saved[f.name] for f in fields(Config)}
-
-
-# 2 Problems =======================================================================================
-
-QUESTIONS = ("prompt", "question", "problem", "input", "query", "messages", "conversations")
-ANSWERS = ("reward_model", "final_answer", "answer", "ground_truth", "expected_answer", "solution")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What the model is asked, as chat messages ({"role", "content"}), and the rewarded answer."""
-
-    messages: list[dict]
-    answer: str
-
-
-def load_problems(
-    source: str, limit: int | None = None, system: str = SYSTEM, fits: Callable | None = None
-) -> list[Problem]:
-    """Read problems, at most `limit`, and say which columns they came from. source: arithmetic or
-    arithmetic-heldout (built in), a .parquet, .json, .jsonl, .csv or .tsv file or URL, also with
-    .gz, or a data set on the Hub: ID, ID:SPLIT or ID:CONFIG:SPLIT. Rows without a question, or
-    without one answer that can be earned, are dropped, as are problems that `fits` is False for."""
-    if limit == 0:
-        return []
-    if source in ("arithmetic", "arithmetic-heldout"):
-        task = list(arithmetic(source.endswith("heldout")).items())[:limit]
-        return [Problem([dict(role="user", content=q)], find_boxes(s)[-1]) for q, s in task]
-    rows = read_rows(source)
-    names = getattr(rows, "column_names", None) or list(dict.fromkeys(itertools.chain(*rows)))
-    question = next((name for name in QUESTIONS if name in names), "question")
-    answer = next((name for name in ANSWERS if name in names), "answer")
-    for name in (question, answer):
-        if names and name not in names:
-            raise UsageError(f"{source} has no {name} column, only {names}; rename one.")
-    problems, unusable, too_long = [], 0, 0
-    with explain(f"{source} cannot be read as chats", "fix it, or the model's chat template"):
-        for row in tqdm(rows, "reading problems", leave=False, delay=2):
-            messages = as_messages(row.get(question), system)
-            problem = Problem(messages, as_answer(row.get(answer), answer == "solution"))
-            if not (problem.messages and problem.answer):
-                unusable += 1
-            elif fits and not fits(problem):
-                too_long += 1
-            else:
-                problems.append(problem)
-            if len(problems) == limit:
-                break
-    found = f"question: {question}, answer: {answer}; dropped: {unusable} without question or "
-    found += f"checkable answer, {too_long} too long"
-    if not problems:
-        raise UsageError(f"{source} has no usable row ({found}); give other data.")
-    tqdm.write(f"Problems    {len(problems)} of {source} ({found})")
-    return problems
-
-
-def read_rows(source: str) -> Any:
-    """The rows, dictionaries, of a file, a URL or a Hub data set; types may vary in a column."""
-    kind = re.search(r"\.(parquet|jsonl?|csv|tsv)(\.gz)?(\?.*)?$", source.lower())
-    with explain(f"The data set {source} cannot be loaded", "check name, content and connection"):
-        if not kind:
-            import datasets  # slow to import, and files need none of it
-
-            name, *rest = source.split(":")
-            if Path(source).expanduser().is_file():
-                raise ValueError("its name ends in none of .parquet, .json, .jsonl, .csv and .tsv")
-            found = datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else None)
-            if isinstance(found, dict):  # of splits
-                found = found["train"] if "train" in found else next(iter(found.values()))
-            return found
-        path = Path(source).expanduser()
-        with urllib.request.urlopen(source) if "://" in source else open(path, "rb") as file:
-            data = gzip.decompress(file.read()) if kind[2] else file.read()
-        if kind[1] == "parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
-        text = data.decode("utf-8-sig").strip("\r\n ")  # the first name in a .tsv may be empty
-        if kind[1] in ("csv", "tsv"):
-            csv.field_size_limit(2**31 - 1)
-            delimiter = "," if kind[1] == "csv" else "\t"
-            return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-        found, whole = [], text.startswith("[")  # a list of rows; else there is a row a line
-        for n, line in enumerate([text] if whole else text.split("\n"), start=1):
-            where = source if whole else f"{source}, line {n},"
-            with explain(f"{where} is no JSON", "write a row a line, or a list of rows"):
-                found += [json.loads(line, parse_float=Decimal)] if line.strip() else []
-        return [row for row in (found[0] if whole else found) if isinstance(row, dict)]
-
-
-def from_json(value: Any) -> Any:
-    """Chat messages, a `reward_model` or a list of answers that somebody stored as JSON text."""
-    if isinstance(value, str) and value.lstrip()[:2] in ("[{", '["', '{"'):
-        with contextlib.suppress(ValueError):
-            return json.loads(value)
-    return value
-
-
-def as_messages(question: Any, system: str) -> list[dict]:
-    """A question, text or chat messages, as chat messages, system message first; [] without one."""
-    question, messages = from_json(question), []
-    for said in question if isinstance(question, list) else [dict(content=question)]:
-        said = said if isinstance(said, dict) else {}
-        role = said.get("role", said.get("from", "user"))  # "from" and "value" are ShareGPT's
-        content = said.get("content", said.get("value"))
-        if isinstance(content, list):  # of parts: text, or images, which nobody here can see
-            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-            content = "\n".join(map(str, parts)) if all(parts) else None
-        if not isinstance(content, str) or not (content.strip() or role == "system"):
-            return []
-        role = {"human": "user", "gpt": "assistant"}.get(role, role)
-        messages.append(dict(role=role, content=content))
-    if system and messages and messages[0]["role"] != "system":
-        messages.insert(0, dict(role="system", content=system))
-    while messages and messages[-1]["role"] == "assistant":  # it may hold the answer
-        messages.pop()
-    return messages if messages and messages[-1]["role"] != "system" else []
-
-
-def as_answer(value: Any, must_be_marked: bool = False) -> str:
-    r"""The answer in a value, with all its digits: what is in \boxed{} (MATH) or after '####'
-    (GSM8K), else, unless it `must_be_marked`, the whole text; '' if there is none, or several."""
-    while isinstance(value := from_json(value), (dict, list)):
-        if isinstance(value, list) and len(value) != 1:
-            return ""
-        value = value[0] if isinstance(value, list) else value.get("ground_truth")
-    if isinstance(value, (float, Decimal)):  # 5e-05 is 0.00005
-        value = f"{Decimal(str(value)):f}" if math.isfinite(value) else ""
-    _, mark, text = str("" if value is None else value).rpartition("####")
-    boxes = set(find_boxes(text))
-    if len(boxes) > 1 or (must_be_marked and not boxes and not mark):
-        return ""
-    return boxes.pop() if boxes else text.strip()
-
-
-def arithmetic(heldout: bool = False) -> dict[str, str]:
-    r"""The built-in task: 3 or 4 additions and subtractions of digits, from left to right in 0..20.
-    Questions and worked solutions: '7-1+3' -> '7-1=6;6+3=9\boxed{9}'. A guess is rarely right;
-    writing down the partial results makes it easy. About an eighth of the questions is held out."""
-    rng = Random(0)
-    solutions: dict[str, str] = {}
-    while len(solutions) < 20000:
-        value = rng.randint(1, 9)
-        question, lines = str(value), []
-        for _ in range(rng.choice((3, 4))):
-            digit = rng.randint(1, 9)
-            change = rng.choice([x for x in (digit, -digit) if 0 <= value + x <= 20])
-            lines.append(f"{value}{change:+d}={value + change}")
-            question, value = f"{question}{change:+d}", value + change
-        solutions[question] = ";".join(lines) + rf"\boxed{{{value}}}"
-    return {q: s for q, s in solutions.items() if (zlib.crc32(q.encode()) % 8 == 0) == heldout}
-
-
-# 3 Reward =========================================================================================
-
-SYNONYMS = {  # the spelling kept: those it replaces. A set is «1,2», a matrix ((1,2),(3,4))
-    "*": r"\cdot \times · × ⋅ ∗", "-": "− –", "±": r"\pm", "^": "**", "^{2}": "²", "%": r"\%",
-    ":": r"\setminus \to \implies \otimes \circ \subset", "|": r"\lvert \rvert \vert \mid",
-    "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant", "≥": r"\ge \geq \geqslant", "∈": r"\in",
-    "≠": r"\ne \neq", "≈": r"\approx", "∞": r"\infty", "((": r"\begin", "))": r"\end",
-    "),(": r"\\", ",": r"; & ∪ \cup", "(": r"\langle", ")": r"\rangle", "«": r"\{ \lbrace",
-    "»": r"\} \rbrace", r"\lceil{(": r"\lceil", r"\lfloor{(": r"\lfloor", ")}": r"\rceil \rfloor",
-    r"\pi ": "π", r"\sqrt ": "√", r"\dots ": "...", r"\frac12 ": "½", r"\asin ": r"\arcsin",
-    r"\acos ": r"\arccos", r"\atan ": r"\arctan", r"\emptyset ": r"∅ \varnothing",
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom",
-    r"\text": r"\textbf \textit \textrm \mathrm \mathbf \boldsymbol \mbox \operatorname",
-    " ": r"$ \$ ~ ° \degree \left \right \bigl \bigr \, \: \; \! \( \) \quad \displaystyle \boxed",
-}  # fmt: skip
-SYNONYM = {old: new for new, olds in SYNONYMS.items() for old in olds.split()} | {"\\ ": " "}
-GROUP = r"\{(?:[^{}\\]|\\.|" * 8 + r"\{(?:[^{}\\]|\\.)*\}" + r")*\}" * 8  # {...}, nine deep
-FUNCTION = r"(?:sqrt|sin|cos|tan|exp|log|ln|pi)(?![a-z])"
-NAME = rf"(?:\\(?!frac|cot|{FUNCTION})[a-z]+(?![a-z])|_?\{{[^{{}}]*\}}|[a-zA-Z'(), ])+"
-SPELLINGS: list[tuple] = [  # what, by what[, a sign: only if exactly one of the two answers has it]
-    (r",\\! *|\{,\}|\^ ?(\{\\circ\}|\\circ)|\[\w+pt\]|\{[pb]?matrix\}|\\\\ ?(?=\\end)", ""),
-    (r"\\[a-zA-Z]+|\\.|\.{3}|\*\*|.", lambda m: SYNONYM.get(m[0], m[0])),  # \dfrac1π -> \frac1\pi
-    (r"(^|(?<==)) *-?\d{1,3}([, ]\d{3})+(?![\d,])", lambda m: re.sub("[, ]", "", m[0])),  # 4,000
-    (r"(?<=.)≈.*|[\s.,:]+$|\s+(?![a-zA-Z0-9\s])|(?<![a-zA-Z0-9])\s+", ""),  # 2 x + y. -> 2 x+y
-    (r",?(\\text\{,?(and|or)\}| ?\b(and|or)\b ?)", ","),  # x=1\text{or}x=2 -> x=1,x=2
-    (r"=(?=[^{}]*\}|[^,]*=)", ":"), (r"([A-Z])\^\{?(T|-1)\}?", r"\1:\2:"),  # \sum_{k:1}, A:T:B
-    (rf"^\\text\{{([^{{}}]*?)\.?\}}$|\\text\{{([ei]|[\d.]+|{FUNCTION})\}}", r"\1\2"),  # \text{i}
-    (r"(_|\^|\\mathbb|\\sqrt) ?(\d+|[\w+*])|(\\frac) ?(\d)", r"\1\3{\2\4}"),  # \frac1x -> \frac{1}x
-    (rf"\\sqrt\[(\w+)\]({GROUP}|\w)", r"(\2^{1/\1})"),  # \sqrt[3]{x} -> ({x}^{1/3})
-    (r"(?<![\w./^})])(\d+)(?:\\frac\{| )(\d+)[}/](\d+|\{\d+\})", r"(\1+\2/\3)"),  # 1 1/4 -> (1+1/4)
-    (r"\\?log_(\{\w+\})", r"(1/\\log\1)\\log "), (r"(\d+|[a-zA-Z]|\([^()]*\))!", r"!{\1}"),  # 5!
-    (r"(?<![\\a-zA-Z])([a-df-hj-zA-Z](?:_\{\w+\})?'*)\(([^-+()]*)\)", r"\1{(\2)}"),  # f(2)
-    (r"(\\(?:Gamma|zeta|varphi|phi|psi|det|text\{\w+\})'*)\(([^()]*)\)", r"\1{(\2)}"),  # \zeta(2)
-    (r"(^|∈)\\mathbb\{R\}$", r"\1(-∞,∞)"),  # x∈R
-    (rf"(?<=[\d)}}]) ?(?![abcxyz]{{3}}|{FUNCTION})(([ckm]m|[a-zA-Z]{{3}})[a-zA-Z ]*)$",
-     r"\\text{\1}"), (r"^[a-zA-Z ]{2,}$", lambda m: rf"\text{{{m[0].lower()}}}"),  # 5 miles, Yes
-    (r"(?<![^,])[^,]*[>≥][^,]*", lambda m: "".join(re.split("([>≥])", m[0])[::-1])),  # 2>x -> x>2
-    (">", "<"), ("≥", "≤"), (r"(?<![^,«])([^,«»]*)±([^,«»]*)", r"\1+\2,\1-\2"),  # 1±x -> 1+x,1-x
-    (rf"^([^a-zA-Z=]+)=[a-zA-Z]$|(^|,){NAME}[=∈](?![a-zA-Z]*$)", r"\1\2", "[=∈]"),  # x=2 -> 2
-    (r"\\text\{(for|where|with)\b[^{}]*\}.*$|(?<=[\w)}])\\text\{(?!.?(illion|hund|thou)|doz|squared"
-     r"|or|,)[^{}]*\}(\^\{\d\})?(?=,|$)", "", r"\\text"),  # 27\text{miles} -> 27
-    (r"(?<![^,])(?:([^<≤,]+)([<≤]))?\\?[a-zA-Z](?:([<≤])([^<≤,]+))?(?![^,])", lambda m:
-     "[("[m[2] != "≤"] + f"{m[1] or '-∞'},{m[4] or '∞'}" + "])"[m[3] != "≤"], "[<≤]"),  # x<2
-]  # fmt: skip
-TOKEN = r"\\?(text\{[^{}]*\}|(?:\d*\.\d{1,8}|\d+)(?:[eE](?:\d\d?|-\d\d))?(?!\d)|(?:"
-TOKEN += rf"(?<=\\)[a-zA-Z]+|{FUNCTION}|[a-zA-Z]{{4,}}|[a-zA-Z])'*(?:_\{{[^{{}}]*\}})?'*|\S)"
-FUNCTIONS: dict = {name: f for name, f in vars(cmath).items() if callable(f)}  # sin, sqrt, ...
-FUNCTIONS |= {"+": pos, "-": neg, "ln": cmath.log, "csc": lambda z: 1 / cmath.sin(z)}
-FUNCTIONS |= {"cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z)}
-FUNCTIONS["!"] = lambda n: (
-    math.gamma(n + 1) if n % 1 or n > 999 else Fraction(math.factorial(int(n)))
-)
-CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi}  # other letters are random
-BRACKETS = {"()": "(#)", "[]": "[#]", "(]": "(#]", "[)": "[#)", "{}": "{}", "«»": "{}"}
-SIGNS: dict = {"+": add, "-": sub, "=": sub, "*": mul, "/": truediv, "^": pow}
-BINDS = dict.fromkeys(FUNCTIONS, 3) | dict.fromkeys(")]}»,_|.0123456789", 0)  # how tightly; 2x: 4
-BINDS |= {**dict.fromkeys("=<≤≠:∈", 1), "+": 2, "-": 2, "*": 3, "/": 3, "(": 3, "^": 5}
-
-
-def find_boxes(text: str) -> list[str]:
-    r"""The contents of all \boxed{...}, \fbox{...} and \boxed 7 of a text."""
-    boxes = re.findall(rf"\\(?:boxed|fbox)\s*({GROUP}|-?[\d.]*\d)", text, re.DOTALL)
-    return [box[1:-1].strip() if box[0] == "{" else box for box in boxes]
-
-
-def extract_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} of a text, None if it has none."""
-    return next(reversed(find_boxes(text)), None)
-
-
-def math_reward(completion: str, answer: str) -> float:
-    r"""1.0 if the last \boxed{} of the completion holds the answer, else 0.0; fast for any texts.
-
-    Both get one spelling, then stand for numbers, exact or to ten digits. Letters are random ones:
-    formulas equal at two points are equal (Schwartz, Zippel). What is no formula is compared as
-    text. It does not know |-3|, 0.333..., \sin^2, sums, nor that sin(pi) is exactly 0.
-    """
-    given, gold = extract_boxed(completion[-100_000:]) or "", answer.strip()
-    if given == gold or max(len(given), len(gold)) > 300:
-        return float(given == gold != "")
-    for pattern, by, *sign in SPELLINGS:
-        if not sign or bool(re.search(sign[0], given)) != bool(re.search(sign[0], gold)):
-            given, gold = re.sub(pattern, by, given), re.sub(pattern, by, gold)
-    unit = Fraction(100) ** (("%" in given) - ("%" in gold))  # 50% is 50, or 0.5
-    try:
-        (a, b), (c, d) = [(value(given, point), value(gold, point)) for point in "pq"]
-        if "=" in gold and a != c and b != d:  # an equation is the same times a factor
-            a, b, c, d = a * d, b * c, 1, 1
-        e = 0 if isinstance(a - b, Fraction) else 1e-10
-        near = [abs(a - b * k) <= e * abs(a) and abs(c - d * k) <= e * abs(c) for k in (1, unit)]
-        return float(any(near) and ("=" in given) == ("=" in gold))
-    except Exception:  # IndexError, ZeroDivisionError, OverflowError, ...: not a formula
-        return float(given == gold != "")
-
-
-def value(text: str, point: str) -> Any:
-    """The number that a formula stands for at a point of random letters, by a Pratt parser."""
-    tokens = [")", "}", *re.findall(TOKEN, text.replace("%", " "), re.ASCII)[::-1], "{"]  # a stack
-
-    def number(name: str, *items: Any) -> Any:  # of a letter; of (a, b), f{a}, a < b; of a set
-        base = Fraction(Random(name + point).randint(1, 30_000), 10_007)
-        return base + math.prod(number(name.replace("#", str(i))) - a for i, a in enumerate(items))
-
-    def formula(level: int) -> Any:  # reads on while signs bind more tightly than level
-        token = tokens.pop()
-        if token in ("(", "[", "{", "«"):
-            items = [formula(0)]
-            while (end := tokens.pop()) == ",":
-                items.append(formula(0))
-            one = len(items) == 1 and token + end in ("()", "{}")
-            a = items[0] if one else number(BRACKETS[token + end], *items)
-        elif token == "frac":
-            a = formula(5) / formula(5)
-        elif token in FUNCTIONS:
-            a = FUNCTIONS[token](formula(5 if tokens[-1] in "([{" and token not in "+-" else 3))
-        else:
-            a = Fraction(token) if token[-1].isdigit() else CONSTANTS.get(token) or number(token)
-            while tokens[-1] == "{":
-                a = number("f#", a, formula(5))
-        while (rank := BINDS.get(tokens[-1], BINDS.get(tokens[-1][0], 4))) > level:
-            sign = tokens.pop() if tokens[-1] in SIGNS or rank == 1 else "*"
-            b = formula(4 if rank > 2 else rank)
-            digits = len(str(a)) * abs(b) if sign == "^" else len(f"{a}{b}")
-            safe = isinstance(a + b, Fraction) or rank > 2 or not (a and b)
-            if digits > 4000 or not (safe or 1e-9 < abs(a / b) < 1e9):
-                raise ValueError("digits would be lost, or too many")
-            a = SIGNS[sign](a, b) if sign in SIGNS else number("#" + sign, a, b)
-        return a
-
-    return formula(0)
-
-
-# 4 Model ==========================================================================================
-
-
-def load_model(
-    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[Model, Tokenizer]:
-    """A causal language model with weights of `dtype`, in evaluation mode, and its tokenizer. name:
-    tiny (built in, drawn from `seed`), a Hub id, a folder in the Hugging Face layout, or that of a
-    finished run. Only safetensors are read, and no code of a checkpoint is run."""
-    if name == "tiny":
-        model, tokenizer = tiny_model(seed)
+def internal_hidden(
+    model: Model, ids: Tensor, layer: int, cache: SlotCache | None = None, recompute: bool = False
+) -> Tensor:
+    """The residual stream H^l (B, T, D) after block l = 0..L, before any final norm.
+    Runs blocks 1..l only: the slice `layers[:layer]` defines pi^l, saves the work of the blocks
+    above, and leaves them without gradients (Eq. 14-15). ids (B, T), int64, are padded on the right
+    with anything, since causal attention never looks there. recompute: redo activations in the
+    backward pass. Values and gradients are those of transformers' `hidden_states[layer]`, but for
+    layer L, which transformers has already normed."""
+    decoder = model.get_decoder()
+    hidden = model.get_input_embeddings()(ids)  # (B, T, D)
+    if cache is None:
+        position, mask = torch.arange(ids.shape[1], device=ids.device)[None], None  # (1, T)
     else:
-        folder, fix = Path(name).expanduser(), "check its name, its files and the connection"
-        if (folder / "metrics.jsonl").exists():
-            folder, fix = folder / "model", "this run has not finished: name one of its checkpoints"
-        if (folder / "adapter_config.json").exists():
-            fix = "it is a LoRA adapter: merge it into its base model first"
-        if (folder / "training.pt").exists():
-            fix = "remove this checkpoint, and --resume continues from the one before"
-        with explain(f"The model {name} cannot be loaded", fix):
-            source = str(folder) if folder.exists() else name
-            safe: Any = dict(trust_remote_code=False)  # the default is to ask, and a yes runs code
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
-            load: Any = transformers.AutoModelForCausalLM.from_pretrained
-            safe |= dict(use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-            model, found = load(source, **safe)
-            if missing := sorted(found["missing_keys"]):  # random numbers are in their place
-                raise ValueError(f"it lacks {len(missing)} of its weights, such as {missing[0]}")
-            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-                raise ValueError("its tokenizer has more tokens than the model has embeddings")
-    check_model(model.eval())
-    return place(model, device, dtype), tokenizer
+        position, mask = cache.position, cache.mask
+    rotary = decoder.rotary_emb(hidden, position)
+    for block in decoder.layers[:layer]:  # mask None: attention is causal
+        run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+        hidden = run(hidden, mask, None, cache, position_embeddings=rotary)  # None: position ids
+    return hidden
 
 
-def place(model: Model, device: str | torch.device, dtype: torch.dtype) -> Model:
-    """Bring the weights to a device and a dtype; buffers stay float32, as rotary ones need it."""
-    for weight in model.parameters():
-        weight.data = weight.data.to(device, dtype)
-    return model.to(device)
+def policy_logits(model: Model, hidden: Tensor, norm: bool = True) -> Tensor:
+    """Logits (..., V) of the policy that speaks from `hidden` (..., D): E_u norm(h), or E_u h.
+    From H^L speaks the policy (Eq. 1), from H^l an internal layer policy (Eq. 5, without the norm),
+    from what attention or FFN of a block add an internal modular policy (Eq. 6, without norm)."""
+    return model.get_output_embeddings()(model.get_decoder().norm(hidden) if norm else hidden)
 
 
-@torch.no_grad()
-def check_model(model: Model) -> None:
-    """Give a model (float32, CPU) fused attention and norms; refuse it unless its logits are
-    lm_head(norm(H^L)), H^l = H^(l-1) + A^l + F^l, and `sample` draws from what is scored."""
-    for name, weight in model.named_parameters():
-        if not weight.sum().isfinite():
-            raise UsageError(f"The weight {name} is not finite; download the model again.")
-    close = partial(torch.allclose, rtol=1e-3, atol=1e-3)
-    problem = f"{type(model).__name__} is not Llama-like, so it has no internal policies"
-    with explain(problem, "use a Llama, Mistral, Qwen2, Qwen3 or SmolLM2"):
-        model.set_attn_implementation("sdpa")  # whatever its config.json says
-        ids = torch.arange(8)[None] % model.get_input_embeddings().num_embeddings  # (1, 8)
-        logits = model(input_ids=ids, use_cache=False).logits  # (1, 8, V)
-        for norm in model.modules():  # transformers' own takes eight operations, this one takes one
-            if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
-                shape, eps = norm.weight.shape, norm.variance_epsilon
-                fused = partial(nn.functional.rms_norm, normalized_shape=shape, weight=norm.weight)
-                norm.forward = partial(fused, eps=eps)
-        *_, (hidden, _, attention, _, ffn) = residual_stream(model, ids)  # of block L
-        if not close(policy_logits(model, hidden + attention + ffn), logits):
-            raise ValueError("its logits are not lm_head(norm(H^L)), H^l = H^(l-1) + A^l + F^l")
-        prompts = [ids[0, :5].tolist(), ids[0, :2].tolist()]
-        completions = sample(model, prompts, 3, set(), generator=random_stream("cpu", 0, "check"))
+def log_policy(model: Model, hidden: Tensor, norm: bool = True, temperature: float = 1.0) -> Tensor:
+    """log pi(. | hidden), float32, (..., V), in nats; hidden: (..., D)."""
+    logits = policy_logits(model, hidden, norm).float()  # (..., V)
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+
+
+def entropy(logps: Tensor) -> Tensor:
+    """-sum p log p (Eq. 7), in nats, without gradient, of distributions given as log p (..., V)."""
+    logps = logps.detach()
+    return -logps.exp().mul_(logps).sum(-1)  # (...); in place, since (..., V) is large
+
+
+def token_logps(
+    model: Model,
+    ids: Tensor,
+    mask: Tensor,
+    layer: int,
+    norm: bool = True,
+    temperature: float = 1.0,
+    entropies: bool = False,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """log pi^l (N,) of the N tokens where mask is True, row by row, given all tokens before each;
+    and, if wanted, the entropies (N,) of pi^l there, without gradient; float32, nats.
+    ids, mask (B, T): as from `pad`. At layer = L the final norm always applies: that is the policy.
+    Only the position before each of the N tokens goes through lm_head, HEAD_TOKENS at a time, and
+    the backward pass computes these logits again. So no more than (HEAD_TOKENS, V) are in memory.
+    """
+    norm = norm or layer == len(model.get_decoder().layers)
+    targets = ids[:, 1:][mask[:, 1:]]  # (N,)
+    hidden = internal_hidden(model, ids, layer, recompute=recompute)  # (B, T, D)
+    hidden = hidden[:, :-1][mask[:, 1:]]  # (N, D), one position before each target
+
+    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        logps = log_policy(model, hidden, norm, temperature)  # (n, V)
+        chosen = logps.gather(-1, targets[:, None])[:, 0]  # (n,)
+        return chosen, entropy(logps) if entropies else None
+
+    *chunks, last = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
+    scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+    scored.append(score(*last))  # kept, not computed again: the backward pass begins with it
+    logps, of_policies = zip(*scored, strict=True)
+    return torch.cat(logps), torch.cat(of_policies) if entropies else None
+
+
+def pad(sequences: Sequences, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """(prompt, completion) pairs -> ids (B, T), padded on the right, and mask (B, T), bool, of the
+    completions. The mask comes from lengths, never from token values: a pad id may be an end id."""
+    tokens = [torch.tensor([*prompt, *completion]) for prompt, completion in sequences]
+    marks = [torch.tensor([False] * len(p) + [True] * len(c)) for p, c in sequences]
+    ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)  # (B, T)
+    mask = nn.utils.rnn.pad_sequence(marks, batch_first=True)  # (B, T)
+    return ids.to(device), mask.to(device)
+
+
+# 3 Objective ======================================================================================
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """A = (R - mean) / (std + 1e-6) over each problem's completions, std unbiased (Eq. 3). rewards
+    and result: (problems, G), float. A group whose rewards are all equal gets exactly 0."""
+    centered = rewards - rewards.mean(-1, keepdim=True)  # (problems, G)
+    equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)  # (problems, 1)
+    return (centered / (rewards.std(-1, keepdim=True) + 1e-6)).masked_fill(equal, 0.0)
+
+
+def clipped_surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """min(rho A, clip(rho, 1 - eps, 1 + eps) A) per token, to be maximized: Eq. 9; at l = L, Eq. 3.
+    All tensors have one shape. rho = pi^l_new / pi^l_old, both of the policy being optimized, says
+    how far the updates of this step have moved it. It is no importance weight pi^l / pi: a
+    completion of pi counts the same however unlikely pi^l would have been to write it."""
+    ratio = (logps - old_logps).exp()
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def optimized_layer(step: int, internal_steps: int, internal_layer: int, num_layers: int) -> int:
+    """The layer whose policy `step` optimizes, steps counted from 1: the phase switch (Eq. 10)."""
+    return internal_layer if step <= internal_steps else num_layers
+
+
+# 4 Training =======================================================================================
+
+
+def train(config: Config, resume: bool = False) -> Path:
+    """Run BuPO as `config` says and return the folder of the run; resume: from its last checkpoint.
+    What is drawn depends on nothing but the seed, the purpose and the step, so a resumed run
+    repeats an undisturbed one, on a CPU bit for bit."""
+    out, start = run_folder(config, resume)
+    device, dtype = choose_device(config)
+    model, tokenizer = load_model(str(start or config.model))
+    num_layers = len(model.get_decoder().layers)
+    held_out, problems = usable_problems(config, model, tokenizer)
+    optimizer = MasterAdamW(model, device, dtype, config.optimizer_device)
+    write_settings(out, config, resume)  # nothing was written before
+    done, internal_layer = load_checkpoint(start, optimizer) if start else (0, 0)
+    if config.internal_layer != "auto":
+        internal_layer = int(config.internal_layer)
+    stop = stop_requests()
+
+    def between_steps(step: int) -> None:
+        """After `step` steps: save, evaluate, and end here if the user has asked for it."""
+        last = step == config.steps
+        evaluates = bool(held_out) and (last or step % config.eval_every == 0)
+        if config.steps and (stop or last or evaluates or step % config.save_every == 0):
+            state = dict(step=step, internal_layer=internal_layer)
+            save_checkpoint(config, model, tokenizer, optimizer, state)
+        if evaluates and not stop:
+            evaluate_and_log(step, model, tokenizer, held_out, config)
+        if stop:
+            raise KeyboardInterrupt
+
+    between_steps(done)
+    steps = range(done + 1, config.steps + 1)
+    bar = tqdm(steps, "training", total=config.steps, initial=done, disable=not steps)
+    for step in bar:
+        # 1 Draw problems, and G completions of each from the full policy pi, in either phase.
+        times = [time.perf_counter()]
+        indices = problems_of_step(step, len(problems), config.prompts_per_step, config.seed)
+        batch = [problems[i] for i in indices for _ in range(config.group_size)]
+        completions = rollout(model, tokenizer, batch, config, f"rollout {step}")
+        times.append(time.perf_counter())
+
+        # 2 Reward 1 for a right boxed answer, else 0.
+        texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        rewards = [math_reward(text, p.answer) for text, p in zip(texts, batch, strict=True)]
+
+        # 3 Normalize within each problem's group: (problems, G).
+        advantages = group_advantages(torch.tensor(rewards).view(-1, config.group_size))
+
+        # 4 Choose the policy to optimize: pi^l in phase 1, pi in phase 2.
         sequences = [(c.prompt, c.ids) for c in completions]
-        scored, _ = token_logps(model, *pad(sequences, "cpu"), len(model.get_decoder().layers))
-        if not close(torch.tensor([logp for c in completions for logp in c.logps]), scored):
-            raise ValueError("with a cache it computes something else than without")
+        if not internal_layer and step <= config.internal_steps:  # --internal-layer auto
+            internal_layer = find_boundary(model, sequences)
+        layer = optimized_layer(step, config.internal_steps, internal_layer, num_layers)
+
+        mismatch = sampling_mismatch(model, completions, config.temperature)  # before it moves
+
+        # 5 Maximize the clipped surrogate of that policy, one optimizer update per mini-batch.
+        times.append(time.perf_counter())
+        lr = config.lr * min(1.0, step / config.lr_warmup_steps)
+        updated = update(model, optimizer, sequences, advantages.flatten(), layer, lr, config)
+        times.append(time.perf_counter())
+
+        # 6 Log, save and evaluate.
+        metrics = {"step": step, "layer": layer}
+        metrics |= describe(completions, rewards, advantages, times)
+        metrics |= updated | {"sampling_error": mismatch}
+        log(out / "metrics.jsonl", metrics)
+        bar.set_postfix({name: metrics[name] for name in ("layer", "reward", "completion_tokens")})
+        between_steps(step)
+    return out
 
 
-def tiny_model(seed: int) -> tuple[Model, Tokenizer]:
-    r"""A Qwen3 of 6 blocks, 327 thousand parameters; its tokens are characters, and \boxed{."""
-    special = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
-    tokens = [*special, r"\boxed{", "\n", *map(chr, range(32, 127))]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
-    backend.decoder = tokenizers.decoders.Fuse()
-    backend.add_special_tokens(special)
-    backend.add_tokens([r"\boxed{"])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ 'assistant' if m.role == 'assistant' else 'user' }}|>"
-        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    config = transformers.Qwen3Config(vocab_size=len(tokens), num_hidden_layers=6, hidden_size=64)
-    config.intermediate_size, config.num_attention_heads, config.head_dim = 192, 4, 16
-    config.num_key_value_heads, config.max_position_embeddings = 4, 512
-    config.tie_word_embeddings, config.initializer_range = True, 0.08
-    config.pad_token_id, config.eos_token_id = 0, 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return transformers.Qwen3ForCausalLM(config), tokenizer
+def update(
+    model: Model,
+    optimizer: MasterAdamW,
+    sequences: Sequences,
+    advantages: Tensor,
+    layer: int,
+    lr: float,
+    config: Config,
+) -> dict[str, float | None]:
+    """Maximize the mean clipped surrogate of pi^layer, one optimizer update per mini-batch.
+    sequences: M (prompt, completion) pairs, those of a problem side by side; advantages: (M,).
+    Completions without advantage count in the mean with zeros, so they need no forward pass.
+    Returns what the log says of the update."""
+    model.eval()  # in updates, too: with dropout, rho would be a matter of chance
+    optimizer.zero_grad()  # an update that failed may have left gradients
+    internal = layer < len(model.get_decoder().layers)
+    size = config.mini_batch * config.group_size  # completions in a mini-batch
+    lengths = torch.tensor([len(completion) for _, completion in sequences])  # (M,)
+    weights = token_weights(lengths, size, config.loss_average)  # (M,)
+
+    # The plan: mini-batches, each a list of micro-batches of completions with an advantage.
+    plan, most = [], micro_batch_tokens(model, optimizer, layer, config)
+    for start in range(0, len(sequences), size):
+        learning = [i for i in range(start, start + size) if advantages[i] != 0]
+        if learning:
+            plan.append(micro_batches(sequences, most, learning))
+
+    def score(micro: list[int], with_entropies: bool) -> tuple[Tensor, Tensor | None]:
+        ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
+        norm, recompute = config.internal_norm == "final", config.gradient_checkpointing
+        return token_logps(
+            model, ids, mask, layer, norm, config.temperature, with_entropies, recompute
+        )
+
+    # pi^l_old is pi^l before any update of this step. The first mini-batch has log pi^l_old for
+    # free, in its own forward pass. The later mini-batches are scored here, in advance.
+    with torch.no_grad():
+        old = [[], *([score(micro, internal) for micro in micros] for micros in plan[1:])]
+    old_entropies = [entropies for micros in old for _, entropies in micros]  # of pi^l_old
+
+    ratios, clipped, grad_norms = [], [], []
+    for n, micros in enumerate(plan):
+        for m, micro in enumerate(micros):
+            logps, entropies = score(micro, internal and n == 0)  # (N,) each
+            if n == 0:
+                old_logps = logps.detach()  # (N,); so rho = 1, with the gradient of log pi^l
+                old_entropies.append(entropies)
+            else:
+                old_logps, _ = old[n][m]  # (N,)
+            times = lengths[micro]  # a completion's advantage and weight are those of its tokens
+            advantage = advantages[micro].repeat_interleave(times).to(logps)  # (N,)
+            weight = weights[micro].repeat_interleave(times).to(logps)  # (N,)
+            surrogate = clipped_surrogate(logps, old_logps, advantage, config.clip)  # (N,)
+            loss = -(weight * surrogate).sum()
+            loss.backward()
+            ratios.append((logps.detach() - old_logps).exp())  # (N,)
+            clipped.append(surrogate.detach() < ratios[-1] * advantage)  # (N,): the clip lowered it
+        grad_norms.append(optimizer.step(lr))
+    return update_metrics(ratios, clipped, grad_norms, old_entropies if internal else None)
 
 
-def pretrain(model: Model, tokenizer: Tokenizer, steps: int, seed: int = 0) -> None:
-    r"""Teach the built-in model what an answer looks like, so that RL has some reward to learn
-    from. 40 % of the examples work the problem out, 60 % are careless: \boxed{n} at once, n off by
-    up to 3. Which of the two pays is for RL to find out: accuracy and length rise together."""
-    rng, solutions = Random(seed), list(arithmetic().items())
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    for step in tqdm(range(1, steps + 1), "pretraining", leave=False):
-        batch = []
-        for question, worked in rng.sample(solutions, 32):
-            guess = max(0, int(find_boxes(worked)[-1]) + rng.randint(-3, 3))
-            text = worked if rng.random() < 0.4 else rf"\boxed{{{guess}}}"
-            prompt = encode(tokenizer, Problem([dict(role="user", content=question)], ""))
-            batch.append((prompt, [*tokenizer(text).input_ids, tokenizer.eos_token_id]))
-        logps, _ = token_logps(model, *pad(batch, model.device), len(model.get_decoder().layers))
-        (-logps.mean()).backward()
-        cosine = (1 + math.cos(math.pi * step / steps)) / 2
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 50) * cosine
-        optimizer.step()
-        optimizer.zero_grad()
+def token_weights(lengths: Tensor, size: int, average: str) -> Tensor:
+    """What each token of M completions weighs in the loss: (M,). lengths: (M,), int64, in tokens,
+    in mini-batches of `size` completions. average token: the mean over all completion tokens of the
+    mini-batch; sequence: over the tokens of each completion, then over completions (Eq. 3, 9). The
+    denominator is that of the mini-batch, so how it is split into micro-batches changes nothing."""
+    if average == "token":
+        return 1 / lengths.view(-1, size).sum(-1).repeat_interleave(size)
+    return 1 / (size * lengths)
 
 
-def encode(tokenizer: Tokenizer, problem: Problem) -> list[int]:
-    """The token ids of a problem, ready to be completed: by the chat template, or as plain text. A
-    system message that the template refuses or ignores goes into the first user message."""
-    first, *rest = problem.messages
-    if tokenizer.chat_template is None:
-        ids = tokenizer("\n\n".join(m["content"] for m in problem.messages) + "\n\n").input_ids
-        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some end every text
-    settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)  # as in P
-    render = partial(tokenizer.apply_chat_template, **settings)
-    text, system = "", first["content"].strip() if first["role"] == "system" else None
-    with contextlib.nullcontext() if system is None else contextlib.suppress(jinja2.TemplateError):
-        text = render(problem.messages)
-    if system is not None and (not text or system not in text):
-        text = render([dict(rest[0], content=f"{system}\n\n{rest[0]['content']}"), *rest[1:]])
-    if not text:
-        raise UsageError("The model's chat template renders nothing; give it another one.")
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def end_tokens(model: Model, tokenizer: Tokenizer) -> set[int]:
-    """The ids that end a completion: the model's, the tokenizer's, and the special token with which
-    the chat template closes an assistant's turn."""
-    ids = model.generation_config.eos_token_id
-    ends = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
-    turn = [dict(role="user", content="2"), dict(role="assistant", content="THE ANSWER")]
-    with contextlib.suppress(Exception):  # it has no template, or one that refuses such a turn
-        text = tokenizer.apply_chat_template(turn, tokenize=False).partition("THE ANSWER")[2]
-        after = tokenizer(text, add_special_tokens=False).input_ids
-        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        ends.update([i for i in after if i in special][:1])
-    return ends - {None}
+def micro_batches(sequences: Sequences, tokens: int, indices: Iterable[int]) -> list[list[int]]:
+    """Split the sequences of these indices into micro-batches of indices. Padded to its longest
+    sequence, each holds at most `tokens` tokens, or is one sequence."""
+    micros: list[list[int]] = []
+    # Shortest first, so that little of them is padding.
+    for length, i in sorted((sum(map(len, sequences[i])), i) for i in indices):
+        if not micros or (len(micros[-1]) + 1) * length > tokens:
+            micros.append([])
+        micros[-1].append(i)
+    return micros
 
 
 # 5 Rollouts =======================================================================================
@@ -657,25 +475,32 @@ class Completion:
 
 
 class SlotCache:
-    """Keys and values of the sequences that are being decoded; to transformers, a cache. Row i, the
-    i-th running sequence, owns slot i, and column t holds the keys and values of its token t. So
-    sequences of different lengths need no left padding, and a finished row's slot can be taken
-    over. Columns beyond a row's position hold leftovers, masked until they are overwritten."""
+    """Keys and values of the sequences that are being decoded; transformers' attention calls
+    `update`. Row i, the i-th running sequence, owns slot i, and column t holds what belongs to its
+    token t. So sequences of different lengths need no left padding, and when a sequence ends,
+    another can have its slot. Columns beyond a row's last token hold leftovers, which the mask
+    hides until they are overwritten."""
 
     def __init__(self, slots: int, columns: int):
-        self.slots, self.columns = slots, -(-columns // 16) * 16
+        self.slots, self.columns = slots, (columns // 16 + 1) * 16  # a multiple of 16 suits GPUs
         self.blocks: list[list[Tensor]] = []  # keys, values: (slots, heads, columns, size) each
 
-    def begin(self, rows: range, position: Tensor, width: int) -> None:
-        """Next come T tokens of each of n rows, at positions (n, T), all of them below `width`."""
-        self.span, self.position = slice(rows.start, rows.stop), position
-        self.rows = torch.arange(rows.start, rows.stop, device=position.device)[:, None]  # (n, 1)
-        self.width, self.mask = width, None  # prompts, from column 0 on, need no mask: causal
-        if position.shape[1] < width:  # decoding, a token of each row
-            self.width = -(-width // 16) * 16
-            beyond = torch.arange(self.width, device=position.device) > position  # (n, width)
-            mask = torch.zeros_like(beyond, dtype=self.blocks[0][0].dtype)  # (n, width)
-            self.mask = mask.masked_fill_(beyond, -math.inf)[:, None, None]  # (n, 1, 1, width)
+    def begin_prompts(self, first: int, ids: Tensor) -> None:
+        """Next come all tokens of n prompts, ids (n, T), into slots `first` and on."""
+        end, self.width = first + len(ids), ids.shape[1]
+        self.position = torch.arange(self.width, device=ids.device)[None]  # (1, T)
+        self.rows = torch.arange(first, end, device=ids.device)[:, None]  # (n, 1)
+        self.used = slice(first, end)
+        self.mask: Tensor | None = None  # attention is causal
+
+    def begin_tokens(self, position: Tensor, longest: int) -> None:
+        """Next comes a token of each of n rows, at position (n, 1), the largest being `longest`."""
+        self.position, self.width = position, (longest // 16 + 1) * 16
+        self.rows = torch.arange(len(position), device=position.device)[:, None]  # (n, 1)
+        self.used = slice(0, len(position))
+        beyond = torch.arange(self.width, device=position.device) > position  # (n, width)
+        mask = torch.zeros_like(beyond, dtype=self.blocks[0][0].dtype)  # (n, width)
+        self.mask = mask.masked_fill_(beyond, -math.inf)[:, None, None]  # (n, 1, 1, width)
 
     def update(self, key: Tensor, value: Tensor, block: int, *_: Any, **__: Any) -> list[Tensor]:
         """Store keys and values (n, heads, T, size); returns those that can be attended to."""
@@ -683,48 +508,43 @@ class SlotCache:
             shapes = [(self.slots, x.shape[1], self.columns, x.shape[3]) for x in (key, value)]
             self.blocks.append([key.new_zeros(shape) for shape in shapes])
         for store, x in zip(self.blocks[block], (key, value), strict=True):
+            # Indexed by rows (n, 1) and columns (n or 1, T): the left side is (n, T, heads, size).
             store[self.rows, :, self.position] = x.transpose(1, 2)
-        return [store[self.span, :, : self.width] for store in self.blocks[block]]
+        return [store[self.used, :, : self.width] for store in self.blocks[block]]
 
-    def copy(self, sources: list[int], targets: Iterable[int]) -> None:
-        """Copy what is in some slots into others."""
-        source, target = torch.tensor([sources, list(targets)], device=self.rows.device)
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        """Copy slots into others. All sources are read before a target is written."""
+        source, target = torch.tensor([sources, targets], device=self.rows.device)
         for store in itertools.chain(*self.blocks):
             store[target] = store[source]
 
 
 def read_prompts(model: Model, prompts: list[list[int]], cache: SlotCache, first: int) -> Tensor:
-    """Read the first n prompts, equal ones once, into the free slots, `first` and on; n: as many as
-    fit, at most slots / 8 of them different, since reading takes memory. Returns the hidden states
-    (n, D) of their last tokens."""
-    different: list[list[int]] = []  # k of them
-    owner = []  # for each prompt, its index among them
-    for prompt in prompts[: cache.slots - first]:
-        if prompt not in different:
-            if len(different) == max(1, cache.slots // 8):
-                break
-            different.append(prompt)
-        owner.append(different.index(prompt))
-    ids, _ = pad([(prompt, []) for prompt in different], model.device)  # (k, T)
-    position = torch.arange(ids.shape[1], device=model.device)[None]  # (1, T)
-    cache.begin(range(first, first + len(different)), position, ids.shape[1])
+    """Read the first n prompts, equal ones once, into the slots `first` and on. n: as many as fit,
+    of which at most slots / 8 differ, since reading takes memory. Returns the hidden states (n, D)
+    of their last tokens."""
+    slot_of: dict[tuple[int, ...], int] = {}  # of each different prompt: 0..k-1, counted from first
+    slots: list[int] = []  # the same for each prompt: prompts A A B give 0 0 1
+    for prompt in map(tuple, prompts[: cache.slots - first]):
+        if prompt not in slot_of and len(slot_of) == max(1, cache.slots // 8):
+            break
+        slots.append(slot_of.setdefault(prompt, len(slot_of)))
+    ids, _ = pad([(list(prompt), []) for prompt in slot_of], model.device)  # (k, T)
+    cache.begin_prompts(first, ids)
     hidden = internal_hidden(model, ids, len(model.get_decoder().layers), cache)  # (k, T, D)
-    cache.copy([first + n for n in owner], range(first, first + len(owner)))
-    return hidden[owner, [len(different[n]) - 1 for n in owner]]
+    cache.copy([first + slot for slot in slots], list(range(first, first + len(slots))))
+    last = [len(prompt) - 1 for prompt in slot_of]
+    return hidden[slots, [last[slot] for slot in slots]]
 
 
-def draw(logits: Tensor, temperature: float, generator: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """A token for each row of logits (n, V), its log-probability, and the entropy; (n,) each."""
-    logps = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (n, V)
-    probs = logps.exp()  # (n, V)
-    if temperature:  # the token at which the cumulative distribution passes a uniform number
-        cumulative = probs.double().cumsum(-1)  # (n, V)
-        uniform = torch.empty_like(cumulative[:, :1]).uniform_(generator=generator)  # (n, 1)
-        tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (n, 1)
-        tokens = tokens.clamp_(max=logits.shape[-1] - 1)
-    else:  # greedy
-        tokens = logps.argmax(-1, keepdim=True)  # (n, 1)
-    return tokens[:, 0], logps.gather(-1, tokens)[:, 0], -(probs * logps).sum(-1)  # Eq. 7
+def draw(logps: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A token (n,) for each row of log-probabilities (n, V): the first at which the cumulative
+    distribution passes a uniform number. float64 keeps rare tokens possible; torch.multinomial
+    would need n * V random numbers and takes at most 2^24 tokens."""
+    cumulative = logps.exp().double().cumsum(-1)  # (n, V)
+    uniform = torch.empty_like(cumulative[:, :1]).uniform_(generator=generator)  # (n, 1)
+    tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (n, 1)
+    return tokens[:, 0].clamp_(max=logps.shape[-1] - 1)
 
 
 @torch.no_grad()
@@ -739,142 +559,77 @@ def sample(
     bar: str = "",
 ) -> list[Completion]:
     """Sample a completion of each prompt (token ids) from the full softmax of pi: no top-k, top-p.
-    Equal prompts that enter together, as a group's do, are read once. At most `rows` sequences are
-    decoded at once: a finished one leaves, and prompts enter when an eighth of the rows is free.
-    generator: on the model's device; temperature 0 is greedy; bar: the name of a progress bar."""
+    At most `rows` sequences are decoded at once: one that ends leaves, and prompts enter when an
+    eighth of the rows is free, equal ones together. generator: on the model's device."""
     model.eval()
-    ends, num_layers = set(eos_ids), len(model.get_decoder().layers)
+    end_ids, num_layers = set(eos_ids), len(model.get_decoder().layers)
     completions = [Completion(prompt=prompt) for prompt in prompts]
     cache = SlotCache(min(rows, len(prompts)), max(map(len, prompts), default=0) + max_new_tokens)
-    running: list[Completion] = []  # one in each row
-    waiting = completions
+    running, waiting = completions[:0], completions  # running: one in each row
     hidden = model.get_input_embeddings().weight[:0]  # (n, D), of the last token of each row
     progress = tqdm(total=len(prompts), desc=bar, leave=False, disable=not bar)
     while running or waiting:
         # Prompts enter, several at a time, which is faster.
         free = cache.slots - len(running)
         if waiting and free >= min(len(waiting), max(1, cache.slots // 8)):
-            last = read_prompts(model, [c.prompt for c in waiting], cache, len(running))  # (n, D)
+            last = read_prompts(model, [c.prompt for c in waiting], cache, len(running))  # (k, D)
             running, waiting = running + waiting[: len(last)], waiting[len(last) :]
-            hidden = torch.cat([hidden, last])
+            hidden = torch.cat([hidden, last])  # (n, D)
 
         # Each row draws a token.
-        drawn = draw(policy_logits(model, hidden), temperature, generator)  # (n,) each
-        going = []
-        numbers = torch.stack(drawn).tolist()  # one transfer; float32 is exact for ids
-        for c, token, logp, entropy in zip(running, *numbers, strict=True):
-            c.ids.append(int(token))
+        logps = log_policy(model, hidden, temperature=temperature)  # (n, V)
+        tokens = draw(logps, generator)  # (n,)
+        chosen = logps.gather(-1, tokens[:, None])[:, 0]  # (n,)
+        drawn = torch.stack([tokens, chosen, entropy(logps)]).tolist()  # one transfer
+        for c, token, logp, nats in zip(running, *drawn, strict=True):
+            c.ids.append(int(token))  # float32 is exact for ids
             c.logps.append(logp)
-            c.entropies.append(entropy)
-            c.ended = token in ends
-            going.append(not c.ended and len(c.ids) < max_new_tokens)
+            c.entropies.append(nats)
+            c.ended = token in end_ids
 
-        # Finished rows leave, the others read their token.
-        order = [
-            row for row, goes_on in enumerate(going) if goes_on
-        ]  # slot -> row that it will hold
-        freed = [slot for slot in range(len(order)) if not going[slot]]
-        for slot in freed:  # the last row takes a finished one's place
-            order.insert(slot, order.pop())
-        if freed:
-            cache.copy([order[slot] for slot in freed], freed)
-        progress.update(len(running) - len(order))
-        running, hidden = [running[row] for row in order], hidden[:0]
+        # Those that have ended leave. The others stay rows 0..n-1: the last one moves into the
+        # first gap, and so on. Rows A B C D, of which B ends, become A D C.
+        going = [not c.ended and len(c.ids) < max_new_tokens for c in running]
+        n = sum(going)
+        gaps = [row for row in range(n) if not going[row]]
+        movers = [row for row in range(n, len(running)) if going[row]][::-1]
+        if gaps:
+            cache.copy(movers, gaps)
+        for gap, mover in zip(gaps, movers, strict=True):
+            running[gap] = running[mover]
+        progress.update(len(running) - n)
+        running, hidden = running[:n], hidden[:0]
+
+        # The others read the token that they have drawn.
         if running:
-            position = [len(c.prompt) + len(c.ids) - 1 for c in running]
-            from_cpu = torch.tensor([order, position], device=model.device)  # (2, n), one transfer
-            cache.begin(range(len(running)), from_cpu[1][:, None], max(position) + 1)
-            ids = drawn[0][from_cpu[0]][:, None]  # (n, 1)
+            newest = [(c.ids[-1], len(c.prompt) + len(c.ids) - 1) for c in running]
+            ids, position = torch.tensor(newest, device=model.device).split(1, 1)  # (n, 1) each
+            cache.begin_tokens(position, max(place for _, place in newest))
             hidden = internal_hidden(model, ids, num_layers, cache)[:, 0]  # (n, D)
     progress.close()
     return completions
 
 
-# 6 Internal policies ==============================================================================
-
-HEAD_TOKENS = 1024  # tokens that get logits at a time; those of all (B, T, V) would fill any GPU
-
-
-def internal_hidden(
-    model: Model, ids: Tensor, layer: int, cache: SlotCache | None = None, recompute: bool = False
-) -> Tensor:
-    """The residual stream H^l (B, T, D) after block l = 0..L, before any final norm; runs blocks
-    1..l. ids (B, T), int64, padded on the right with anything: causal attention never looks there.
-    recompute: redo activations in the backward pass. Values and gradients are those of
-    `hidden_states[layer]`, except that transformers has already normed the last of these."""
-    hidden = model.get_input_embeddings()(ids)  # (B, T, D)
-    position = cache.position if cache else torch.arange(ids.shape[1], device=ids.device)[None]
-    rotary, mask = model.get_decoder().rotary_emb(hidden, position), cache.mask if cache else None
-    for block in model.get_decoder().layers[:layer]:  # without a mask, attention is causal
-        run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-        hidden = run(hidden, mask, None, cache, position_embeddings=rotary)  # None: position ids
-    return hidden
+def rollout(
+    model: Model, tokenizer: Tokenizer, batch: list[Problem], config: Config, purpose: str
+) -> list[Completion]:
+    """A completion of each problem from pi, drawn as the seed and the purpose say."""
+    prompts = [encode(tokenizer, problem) for problem in batch]
+    end_ids = end_tokens(model, tokenizer)
+    rows = rollout_rows(model, max(map(len, prompts)), config)
+    stream, most = random_stream(model.device, config.seed, purpose), config.max_new_tokens
+    completions = sample(model, prompts, most, end_ids, config.temperature, rows, stream, purpose)
+    torch.cuda.empty_cache()  # an update needs blocks of other sizes
+    return completions
 
 
-def policy_logits(model: Model, hidden: Tensor, norm: bool = True) -> Tensor:
-    """Logits (..., V) of the policy that speaks from `hidden` (..., D): E_u norm(h), or E_u h. With
-    H^L this is the policy (Eq. 1), with H^l an internal layer policy (Eq. 5, which has no norm),
-    with A^l or F^l and no norm an internal modular policy (Eq. 6)."""
-    return model.get_output_embeddings()(model.get_decoder().norm(hidden) if norm else hidden)
-
-
-def pad(sequences: Sequences, device: str | torch.device) -> tuple[Tensor, Tensor]:
-    """(prompt, completion) pairs -> ids (B, T), padded on the right, mask (B, T) of completions.
-    The mask comes from the lengths, never from token values: a pad id may well be an end id."""
-    tokens = [torch.tensor([*prompt, *completion]) for prompt, completion in sequences]
-    marks = [torch.tensor([False] * len(p) + [True] * len(c)) for p, c in sequences]
-    ids, mask = (nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (tokens, marks))
-    return ids.to(device), mask.to(device)
-
-
-def micro_batches(sequences: Sequences, tokens: int, indices: Iterable[int]) -> list[list[int]]:
-    """Split the sequences of these indices into micro-batches of indices. Padded to its longest
-    sequence, each holds at most `tokens` tokens, or is one sequence."""
-    micros: list[list[int]] = []
-    # Shortest first, so that little of them is padding.
-    for length, i in sorted((sum(map(len, sequences[i])), i) for i in indices):
-        if not micros or (len(micros[-1]) + 1) * length > tokens:
-            micros.append([])
-        micros[-1].append(i)
-    return micros
-
-
-def token_logps(
-    model: Model,
-    ids: Tensor,
-    mask: Tensor,
-    layer: int,
-    norm: bool = True,
-    temperature: float = 1.0,
-    entropy: bool = False,
-    recompute: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """log pi^l (N,) of the N tokens where mask is True, row by row, given all before each; and, if
-    asked, entropies (N,) of pi^l, without gradient; float32, nats. ids, mask (B, T) as from `pad`.
-    At layer = L the final norm always applies. Only the position before each token goes through
-    lm_head, HEAD_TOKENS at a time. The backward pass recomputes each chunk's logits, but for the
-    last chunk's, which it uses first."""
-    norm = norm or layer == len(model.get_decoder().layers)
-    targets = ids[:, 1:][mask[:, 1:]]  # (N,)
-    hidden = internal_hidden(model, ids, layer, recompute=recompute)  # (B, T, D)
-    hidden = hidden[:, :-1][mask[:, 1:]]  # (N, D), one position before each target
-
-    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = policy_logits(model, hidden, norm).float()  # (n, V)
-        logps = (logits if temperature == 1 else logits / temperature).log_softmax(-1)  # (n, V)
-        chosen, constant = logps.gather(-1, targets[:, None])[:, 0], logps.detach()
-        return chosen, -constant.exp().mul_(constant).sum(-1) if entropy else None  # (n,); Eq. 7
-
-    *chunks, last = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
-    scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-    scored.append(score(*last))
-    logps, entropies = zip(*scored, strict=True)
-    return torch.cat(logps), torch.cat(entropies) if entropy else None
+# 6 Which layer ====================================================================================
 
 
 def residual_stream(model: Model, ids: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """H^(l-1), LN(H^(l-1)), A^l, LN(H^(l-1) + A^l), F^l of each block l = 1..L; (B, T, D) each. For
-    ids (B, T): the forward pass of a Llama-like decoder, spelt out."""
+    """The forward pass of a Llama-like decoder for ids (B, T), spelt out. For each block l = 1..L,
+    (B, T, D) each: H^(l-1), LN(H^(l-1)), A^l, LN(H^(l-1) + A^l), F^l, where A^l and F^l are what
+    attention and FFN add, H^l = H^(l-1) + A^l + F^l, and LN is the norm before each of them."""
     hidden = internal_hidden(model, ids, 0)  # H^0, the embeddings
     positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
     rotary = model.get_decoder().rotary_emb(hidden, positions)
@@ -889,54 +644,117 @@ def residual_stream(model: Model, ids: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 @torch.no_grad()
 def ffn_entropy_change(model: Model, sequences: Sequences, tokens: int = 16384) -> list[float]:
-    """H(F^l) - H(LN(H^(l-1) + A^l)), l = 1..L: by how much each FFN raises the entropy (Eq. 13).
-    Mean over completion tokens, in nats, of internal modular policies; `tokens` per micro-batch."""
+    """By how much the FFN of each block l = 1..L raises the entropy (Eq. 13): the entropy of
+    softmax(E_u F^l) minus that of softmax(E_u LN(H^(l-1) + A^l)), both without the final norm. Mean
+    over completion tokens, in nats; `tokens` in a micro-batch."""
     change = [0.0] * len(model.get_decoder().layers)
+
+    def total_entropy(states: Tensor) -> float:  # (N, D), of as many policies
+        chunks = states.split(HEAD_TOKENS)
+        return sum(float(entropy(log_policy(model, chunk, norm=False)).sum()) for chunk in chunks)
+
     for micro in micro_batches(sequences, tokens, range(len(sequences))):
         ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
-        for i, (*_, before, after) in enumerate(residual_stream(model, ids)):
-            for sign, tensor in ((-1, before), (1, after)):
-                for hidden in tensor[:, :-1][mask[:, 1:]].split(HEAD_TOKENS):  # (n, D)
-                    logps = policy_logits(model, hidden, norm=False).float().log_softmax(-1)
-                    change[i] -= sign * float((logps.exp() * logps).sum())  # Eq. 7
-    total = sum(len(completion) for _, completion in sequences)
-    return [value / total for value in change]
+        for i, (_, _, _, ffn_input, ffn) in enumerate(residual_stream(model, ids)):
+            change[i] += total_entropy(ffn[:, :-1][mask[:, 1:]])
+            change[i] -= total_entropy(ffn_input[:, :-1][mask[:, 1:]])
+    count = sum(len(completion) for _, completion in sequences)
+    return [total / count for total in change]
 
 
 def boundary_layer(ffn_entropy_change: list[float], tolerance: float = 0.1) -> int:
-    """The last layer of the exploring region, the lowest run of layers whose FFN's entropy change
-    is clearly positive: above `tolerance` times the largest. If there is none: L, pi itself."""
+    """The last layer of the exploring region, the lowest run of layers whose FFN raises the entropy
+    clearly. The paper reads it off a plot; "more than `tolerance` times the largest change" is this
+    file's rule. Without such a region: L, that is, pi."""
     threshold = tolerance * max(0.0, *ffn_entropy_change)
-    changes = [*ffn_entropy_change, -math.inf]
-    for layer, (change, above) in enumerate(itertools.pairwise(changes), start=1):
-        if change > threshold >= above:
-            return layer
-    return len(ffn_entropy_change)
+    explores = [change > threshold for change in ffn_entropy_change]
+    if not any(explores):
+        return len(explores)
+    layer = explores.index(True) + 1  # the first that explores; layers count from 1
+    while layer < len(explores) and explores[layer]:  # the next one explores, too
+        layer += 1
+    return layer
 
 
-# 7 Objective ======================================================================================
+def find_boundary(model: Model, sequences: Sequences) -> int:
+    """What `--internal-layer auto` means: the boundary layer, by the first 64 tokens of 16 of the
+    completions."""
+    some = sequences[:: max(1, len(sequences) // 16)][:16]
+    change = ffn_entropy_change(model, [(prompt, completion[:64]) for prompt, completion in some])
+    layer, rounded = boundary_layer(change), " ".join(f"{value:+.2f}" for value in change)
+    verdict = f"layer {layer}" if max(change) > 0 else "none, so phase 1 is GRPO"
+    tqdm.write(f"Boundary    {verdict}; FFN entropy change of each layer, in nats: {rounded}")
+    return layer
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
-    """A = (R - mean) / (std + 1e-6) over each problem's completions, std unbiased (Eq. 3). rewards
-    and result: (problems, group), float. A group of equal rewards gets exactly 0."""
-    centered = rewards - rewards.mean(-1, keepdim=True)  # (problems, group)
-    equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)  # (problems, 1)
-    return (centered / (rewards.std(-1, keepdim=True) + 1e-6)).masked_fill(equal, 0.0)
+# 7 Masters ========================================================================================
+
+GRAD_CLIP = 1.0  # largest norm of a gradient (paper: 1.0)
+PIECE = 1 << 20  # numbers of a gradient that travel to a master at a time
 
 
-def clipped_surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """min(rho A, clip(rho, 1 - eps, 1 + eps) A) per token, to be maximized: Eq. 9; at l = L, Eq. 3.
-    All of one shape. rho = pi^l_new / pi^l_old, both of the policy being optimized, is how far the
-    updates on this rollout have moved it. As in the paper, there is no importance weight pi^l / pi:
-    a completion of pi counts the same however unlikely pi^l would have been to draw it."""
-    ratio = (logps - old_logps).exp()
-    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+class MasterAdamW:
+    """AdamW on float32 masters of the weights of a model of any precision: ZeRO-Offload's idea. In
+    bfloat16 a weight is too coarse for a learning rate of 1e-6. So each has a float32 master, with
+    AdamW's moments beside it, on the GPU or the CPU. A gradient goes to its master as soon as it is
+    there; after a step the weights are the masters, rounded. In float32 on one device a weight is
+    its own master. On a CPU, new memory costs several times what adding a gradient does: so memory
+    for gradients is kept there, and they travel in pieces, through a buffer (pinned, for a GPU)."""
 
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, where: str):
+        """The float32 weights of `model` become the masters, and it gets `dtype`. where: the device
+        of the masters; auto: the GPU if all that it would hold fits into half of what is free."""
+        self.weights = list(model.parameters())
+        size = sum(weight.numel() for weight in self.weights)
+        needed = size * (2 + 4 + 4 + 8)  # bytes: bfloat16 weight, master, its gradient, two moments
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+        fits = where == "cuda" or (where == "auto" and needed <= free / 2)
+        self.device = device if fits else torch.device("cpu")  # of the masters
+        self.masters = self.weights
+        if dtype != torch.float32 or device != self.device:
+            self.masters = [nn.Parameter(w.detach().to(self.device)) for w in self.weights]
+            pin = device != self.device
+            self.buffer = torch.empty(PIECE, dtype=dtype, device=self.device, pin_memory=pin)
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                kept = torch.empty_like(master) if self.device.type == "cpu" else None
+                weight.register_post_accumulate_grad_hook(partial(self.take, master, kept))
+        for weight in self.weights:  # buffers stay float32, as rotary ones need it
+            weight.data = weight.data.to(device, dtype)
+        model.to(device)
+        recipe: Any = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+        self.adam = torch.optim.AdamW(self.masters, **recipe, fused=True)
+        kind = f"{type(model).__name__}, {size / 1e6:.1f} M parameters, {dtype} on {device}"
+        tqdm.write(f"Model       {kind}, masters on {self.device}".replace("torch.", ""))
 
-def optimized_layer(step: int, internal_steps: int, internal_layer: int, num_layers: int) -> int:
-    """The layer whose policy `step` optimizes, steps counted from 1: the phase switch (Eq. 10)."""
-    return internal_layer if step <= internal_steps else num_layers
+    @torch.no_grad()
+    def take(self, master: Tensor, kept: Tensor | None, weight: Any) -> None:
+        """Add the gradient of a weight to that of its master, in float32, and free it."""
+        if master.grad is None:
+            master.grad = torch.zeros_like(master) if kept is None else kept.zero_()
+        totals, parts = (x.view(-1).split(PIECE) for x in (master.grad, weight.grad))
+        for total, part in zip(totals, parts, strict=True):
+            total.add_(self.buffer[: len(part)].copy_(part))  # copy_ returns when it is done
+        weight.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float:
+        """Clip the gradient, whose norm is returned, update masters and weights. Weights without
+        gradient, such as those above l in phase 1, stay bit-identical."""
+        norm = float(nn.utils.clip_grad_norm_(self.masters, GRAD_CLIP))
+        if not math.isfinite(norm):  # it must not move anything
+            raise UsageError("A gradient is not finite; try a lower --lr or --precision float32.")
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if master is not weight and master.grad is not None:
+                weight.copy_(master)
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self) -> None:
+        """To None: by momentum and weight decay AdamW would move what has a gradient of zeros."""
+        for tensor in (*self.weights, *self.masters):
+            tensor.grad = None
 
 
 # 8 Evaluation =====================================================================================
@@ -951,15 +769,15 @@ def evaluate(
     model: Model, tokenizer: Tokenizer, problems: list[Problem], config: Config
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """avg@k and pass@1..k of pi, from k completions of each problem, and these completions, always
-    from the same random stream. eval_se: standard error of eval_avg over problems."""
+    drawn from the same random stream. eval_se: the standard error of eval_avg over problems."""
     k, samples = config.eval_k, []
-    asked = [problem for problem in problems for _ in range(k)]
-    completions, _ = rollout(model, tokenizer, asked, config, "evaluation")
-    for problem, c in zip(asked, completions, strict=True):
+    batch = [problem for problem in problems for _ in range(k)]
+    completions = rollout(model, tokenizer, batch, config, "evaluation")
+    for problem, c in zip(batch, completions, strict=True):
         text = tokenizer.decode(c.ids, skip_special_tokens=True)
-        said = dict(completion=text, ended=c.ended, reward=math_reward(text, problem.answer))
-        samples.append(dict(asdict(problem), **said, prompt_ids=c.prompt, ids=c.ids))
-    rewards = [record["reward"] for record in samples]
+        outcome = dict(completion=text, ended=c.ended, reward=math_reward(text, problem.answer))
+        samples.append(dict(asdict(problem), **outcome, prompt_ids=c.prompt, ids=c.ids))
+    rewards = [one["reward"] for one in samples]
     right = [int(sum(rewards[i : i + k])) for i in range(0, len(rewards), k)]  # of each problem's k
     error = stdev(c / k for c in right) / len(right) ** 0.5 if len(right) > 1 else None
     passed = [fmean(pass_at_k(k, c, j) for c in right) for j in range(1, k + 1)]
@@ -967,252 +785,526 @@ def evaluate(
     return dict(metrics, eval_problems=len(problems)), samples
 
 
-# 9 Training =======================================================================================
+# The storeroom ####################################################################################
+#
+# The method ends here. What follows checks answers, reads problems, loads models and keeps runs; it
+# may be skipped.
 
-GRAD_CLIP = 1.0  # largest norm of a gradient (paper: 1.0)
+
+# 9 Reward =========================================================================================
+
+# Answers become comparable in three stages: one spelling for each symbol, one layout, one meaning.
+# On the way a set is written «1,2», a matrix ((1,2),(3,4)).
+SYMBOLS = {  # the spelling kept: those it replaces
+    "*": r"\cdot \times · ×", "-": "− –", "±": r"\pm", "^": "**", "^{2}": "²", "^{3}": "³",
+    "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant", "≥": r"\ge \geq \geqslant", "∈": r"\in",
+    "≠": r"\ne \neq", "≈": r"\approx", "∞": r"\infty", "|": r"\lvert \rvert", "T": r"\top",
+    ",": r"; & ∪ \cup and or", "«": r"\{", "»": r"\}", "(": r"\langle", ")": r"\rangle",
+    "((": r"\begin", "))": r"\end", "),(": r"\\", r"\pi ": "π", r"\sqrt ": "√",
+    r"\asin ": r"\arcsin", r"\acos ": r"\arccos", r"\atan ": r"\arctan",
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom", "%": r"\% percent", "/": "per",
+    r"\text": r"\textbf \textit \textrm \mathrm \mathbf \boldsymbol \mbox \operatorname",
+    " ": r"$ \$ ~ \left \right \bigl \bigr \, \: \; \! \( \) \quad \displaystyle",
+    "°": r"\degree degree degrees", "in": "inch inches", "ft": "foot feet", "mi": "mile miles",
+    "m": "meter meters", "cm": "centimeters", "km": "kilometers", "kg": "kilograms", "g": "grams",
+    "s": "sec second seconds", "h": "hr hrs hour hours", "min": "minute minutes", "rad": "radians",
+}  # fmt: skip
+SYMBOL = {old: new for new, olds in SYMBOLS.items() for old in olds.split()} | {"\\ ": " "}
+FUNCTION = r"(?:sqrt|sin|cos|tan|exp|log|ln|pi)(?![a-z])"
+UNIT = r"(?:[ckm]?m|in|ft|yd|mi|s|min|h|k?g|lbs?|m?L|Hz|mph|[NJWV]|rad|dollars?|cents?)(?![a-zA-Z])"
+UNITS = rf"(?:square |cubic )?{UNIT}(?: ?/ ?{UNIT})?"
+COUNT = r"\w*(?:(?<!mon)ths|illions|hundreds|thousands|dozens|thirds|halves|quarters|plus|minus)"
+THINGS = rf"(?!{COUNT}\b)\w+s|people|(?:square )?units?"  # 12\text{apples}, not 12\text{thirds}
+NAME = rf"(?:\\(?!frac|cot|{FUNCTION})[a-z]+(?![a-z])|_?\{{[^{{}}]*\}}|[a-zA-Z'(), ])+"
+OTHER = r"(?:\\[a-z]+(?![a-z])|[^a-df-z\\=])"  # a symbol that is no small letter: \tan, A, +, e
+END = r"(?:\^\{?\d\}?)?$"
+LAYOUT: list[tuple] = [  # what, by what  # an example
+    (r",\\! *|\{,\}|\[\w+pt\]|\{[pb]?matrix\}|\\\\ ?(?=\\end)", ""),  # 14,\!400 -> 14400
+    (r"\^ ?(\{\\circ\}|\\circ)", "°"),  # 90^\circ -> 90°
+    (r"^(-?)\\?\$ ?([\d.,]*\d)[.,]?$", r"\1\2\\text{dollars}"),  # \$5 -> 5\text{dollars}
+    (r"\\[a-zA-Z]+|\\.|[a-zA-Z]+|\*\*|.", lambda m: SYMBOL.get(m[0], m[0])),  # \le -> ≤
+    (r"(^|(?<==)) *-?\d{1,3}([, ]\d{3})+(?![\d,])", lambda m: re.sub("[, ]", "", m[0])),  # 4,000
+    (r"(?<=.)≈.*|[\s.,:]+$|(?<=\d)(st|nd|rd|th)$", ""),  # 2\pi ≈ 6.28. -> 2\pi, 12th -> 12
+    (rf"((?<=[\d)}}])|(?<=\\pi))(?![a-zA-Z]\b) ?(?!{FUNCTION})({UNITS}|[a-zA-Z ]{{4,}})(?={END})",
+     r"\\text{\2}"),  # 5 ft -> 5\text{ft}
+    (r"\s+(?![a-zA-Z0-9\s])|(?<![a-zA-Z0-9])\s+", ""),  # 2 x + y -> 2 x+y
+    (r"\\text\{([°%])\}", r"\1"), (r"\}/\\text\{", "/"),  # \text{m}/\text{s} -> \text{m/s}
+    (r"\\text\{square (\w+)\}", r"\\text{\1}^{2}"),  # \text{square ft} -> \text{ft}^{2}
+    (r"(,|\\text\{,\})+", ","),  # 1\text{,}2 -> 1,2
+    (r"=(?=[^{}]*\}|[^,]*=)", ":"),  # \sum_{k=1}, x=1=2 -> \sum_{k:1}, x:1=2
+    (rf"^\\text\{{([^{{}}]*?)\.?\}}$|\\text\{{([ei]|[\d.]+|{FUNCTION})\}}", r"\1\2"),  # 2\text{i}
+    (r"^([a-zA-Z ]{4,}|[yY]es|[nN]o)$", lambda m: rf"\text{{{m[0].lower()}}}"),  # \text{yes}
+    (r"(_|\^|\\mathbb|\\sqrt) ?(\d+|[\w+*])|(\\frac|\\binom) ?(\d)", r"\1\3{\2\4}"),  # x^2 -> x^{2}
+]  # fmt: skip
+MEANING: list[tuple] = [  # what, by what  # an example
+    (r"(\d+|[a-zA-Z]|\([^()]*\))!", r"!{\1}"),  # 5! -> !{5}
+    (r"\\binom\{([^{}]*)\}\{?([^{}]*)\}?", r"\\frac{!{\1}}{!{\2}!{\1-(\2)}}"),  # \binom{5}{2} = 10
+    (r"\\sqrt\[(\w+)\](\{(?:[^{}]|\{[^{}]*\})*\}|\w)", r"(\2^{1/\1})"),  # \sqrt[3]{x} = {x}^{1/3}
+    (r"(?<![\w./^})])(\d+)(?:\\frac\{| )(\d+)[}/](\d+|\{\d+\})", r"(\1+\2/\3)"),  # 1 1/4 = 1+1/4
+    (r"\\?log_(\{\w+\})", r"(1/\\log\1)\\log "),  # \log_{2}8 = (1/\log{2})\log 8
+    (r"\\(sin|cos|tan)\^\{-1\}", r"\\a\1 "),  # \sin^{-1}x = \asin x
+    (r"\\(sin|cos|tan)\^\{(\d)\} ?(\\?\w+|\([^()]*\))", r"(\\\1 \3)^{\2}"),  # \sin^{2}x
+    (r"\\(angle|triangle) ?([A-Z]+)", r"\\text{\1\2}"),  # \angle ABC is a name
+    (r"(?<![\\a-zA-Z])([fgFG](?:_\{\w+\})?'*)\(([^()]*)\)", r"\1{(\2)}"),  # f(x-y) is f of x-y
+    (r"((?:(?<![\\a-zA-Z])[a-df-hj-zA-Z]|\\(?!pi)[a-zA-Z]+|\\text\{\w+\})(?:_\{\w+\})?'*)"
+     r"\(([^-+()]*)\)", r"\1{(\2)}"),  # u(x) is u of x, but a(x+1) is a product
+    (r"\+∞", "∞"), (r"(^|∈)\\mathbb\{R\}$", r"\1(-∞,∞)"),  # x∈\mathbb{R} -> x∈(-∞,∞)
+    (r"(?<![^,])[^,]*[>≥][^,]*", lambda m: "".join(re.split("([>≥])", m[0])[::-1])),  # 2>x -> x>2
+    (">", "<"), ("≥", "≤"),  # which now have their sides right
+    (r"(?<![^,«])([^,«»]*)±([^,«»]*)", r"\1+\2,\1-\2"),  # 1±x -> 1+x,1-x
+]  # fmt: skip
+ONE_SIDED: list[tuple] = [  # only if exactly one of the two answers has this sign: what, by what
+    ("[=∈]", rf"^([^a-zA-Z=]+)=[a-zA-Z]$|(^|,){NAME}[=∈](?![a-zA-Z]*$)", r"\1\2"),  # x=2 -> 2
+    ("for|where", r"(?<=[a-zA-Z)}])[, ]*(\\text\{)?,?(where|for (all|some))\b.*$", ""),  # for all x
+    (r"\\text|°|%", rf"(?<=[\w)}}])\\text\{{(?:{UNITS}|{THINGS})\}}(?:\^\{{\d\}})?(?=,|$)", ""),
+    (r"\\text|°", r"^(?!.*(?:sin|cos|tan))(.*)°$", r"\1"),  # 30° -> 30
+    (":", r"^([\d.]+):([\d.]+)$", r"\1/\2"), ("«", r"^«([^,]*)»$", r"\1"),  # 1:2 -> 1/2, «4» -> 4
+    # x<2 -> (-∞,2)
+    ("[<≤]", r"(?<![^,])(?=[^,]*[<≤])(([^<≤,]+)([<≤]))?\\?[a-zA-Z]+(([<≤])([^<≤,]+))?(?![^,])",
+     lambda m: "[("[m[3] != "≤"] + f"{m[2] or '-∞'},{m[6] or '∞'}" + "])"[m[5] != "≤"]),
+]  # fmt: skip
+EXTRA: list[tuple] = [  # only if the gold is this: what the other answer says too much, by what
+    # a+b=2 -> 2, but not x+1=2, an equation in one letter
+    (r"[^=∈<≤]*", rf"^(?!.*\b(?:if|for|when|where)\b|{OTHER}*([a-df-z])(?:{OTHER}|\1)*=)"
+     r"[^,=<≤≠∈]*=(?![a-zA-Z]*$)", ""),
+    (r"\(?[A-J]\)?", r"^(?:\\text\{)?\(?([A-Ja-j])[).:](?!.*[(,][A-J]\b).*",
+     lambda m: m[1].upper()),  # (E) 12 -> E
+    (r"\\text\{(?:yes|no|true|false)\}", r"^(?:\\text\{)?(?i:(yes|no|true|false)\}?[,.;:(]"
+     r"(?!.*\b(?:yes|no|true|false|if|unless)\b)).*", lambda m: rf"\text{{{m[1].lower()}}}"),
+]  # fmt: skip
+NO_FORMULA = r"\^\{?[T*]|[A-Z]\^\{-1\}|\\l(floor|ceil)"  # matrices do not commute
+NO_FORMULA += r"|[\w)}\]»*/^!|{][-+]?∞|∞[^)\],<≤»]|\(∞\)"  # ∞ is an end of an interval, no number
+
+TOKEN = r"\\?(text\{[^{}]*\}|(?:\d*\.\d{1,8}|\d+)(?:[eE](?:\d\d?|-\d\d)|(?<=\.\d)e-\d)?(?!\d)|"
+TOKEN += rf"(?:(?<=\\)[a-zA-Z]+|{FUNCTION}|[a-zA-Z]{{4,}}|[a-zA-Z])'*(?:_\{{[^{{}}]*\}})?'*|\S)"
+NAMES = ("sqrt", "exp", "log", "sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan")
+FUNCTIONS: dict = {name: getattr(cmath, name) for name in NAMES} | {
+    "ln": cmath.log, "cot": lambda z: 1 / cmath.tan(z),
+    "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z),
+    "!": lambda n: math.gamma(n + 1) if n % 1 or n > 500 else Fraction(math.factorial(int(n))),
+}  # fmt: skip
+SIGNS: dict = {"+": add, "-": sub, "=": sub, "*": mul, "/": truediv, "^": pow}
+BITS = 7000  # of the longest exact number
+CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi, "°": math.pi / 180}  # other letters are random
+RELATION, SUM, PRODUCT, ADJACENT, POWER = 1, 2, 3, 4, 5  # how tightly signs bind; ADJACENT: 2x
+BINDS = dict.fromkeys("=<≤≠:∈", RELATION) | {"+": SUM, "-": SUM, "^": POWER}
+BINDS |= dict.fromkeys(["*", "/", "(", *FUNCTIONS], PRODUCT)
+BINDS |= dict.fromkeys(")]}»,_|.0123456789", 0)  # here a formula ends
+BRACKETS = {"()": "(#)", "[]": "[#]", "(]": "(#]", "[)": "[#)", "{}": "{}", "«»": "{}"}
+INSIDE = r"\{(?:[^{}\\]|\\(?!boxed|fbox)."
+GROUP = rf"{INSIDE}|" * 8 + rf"{INSIDE})*\}}" + r")*\}" * 8  # {...}, nine deep, without a box
 
 
-def train(config: Config, resume: bool = False) -> Path:
-    """Run BuPO as `config` says and return the run's folder; resume: from its last checkpoint. What
-    is drawn follows from the seed, the purpose and the step, so a resumed run repeats an
-    undisturbed one, bit for bit on a CPU. Ctrl-C finishes the step and saves a checkpoint."""
-    device, dtype = choose_device(config)
-    out, start = run_folder(config, resume)
-    model, tokenizer = load_model(str(start or config.model), seed=config.seed)
-    held_out, problems = usable_problems(config, model, tokenizer)
-    write_config(out, config, resume)  # nothing was written before
-    if config.model == "tiny" and not start:
-        pretrain(model, tokenizer, config.pretrain_steps, config.seed)
-    optimizer = MasterAdamW(model, device, dtype, config.optimizer_device)
-    state = load_checkpoint(start, optimizer)
-    if config.steps and not start:
-        save_checkpoint(config, model, tokenizer, optimizer, state)
-    if held_out and state["step"] == 0:
-        evaluate_and_log(0, model, tokenizer, held_out, config)
-    history: list[dict[str, Any]] = []
-    num_layers = len(model.get_decoder().layers)
-    steps = range(state["step"] + 1, config.steps + 1)
-    bar = tqdm(steps, "training", config.steps, initial=state["step"], disable=not steps)
-    STOP["limit"] = 2  # from here on the first request to stop lets the step finish
+def find_boxes(text: str) -> list[str]:
+    r"""What is in each \boxed{...}, \fbox{...} and \boxed 7, unless it is nothing or a box."""
+    boxes = re.findall(rf"\\(?:boxed|fbox)\s*({GROUP}|-?[\d.]*\d)", text, re.DOTALL)
+    return [inside for box in boxes if (inside := re.sub(r"^\{\s*|\s*\}$", "", box))]
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{...} of a text, None if it has none."""
+    return next(reversed(find_boxes(text)), None)
+
+
+def math_reward(completion: str, answer: str) -> float:
+    r"""1.0 if the last \boxed{} of the completion holds the answer, else 0.0; fast for any texts.
+
+    Formulas are numbers, exact or to ten digits. Letters are random ones: formulas equal at two
+    points are equal (Schwartz, Zippel). So letters commute, and an unfinished formula of equal
+    value counts, even the question's own: repeating it earns 5 % of MATH500. What is no formula is
+    compared as text. It does not know |-3|, 0.333..., sums, limits, nor that sin(pi) is 0.
+    """
+    given, gold = extract_boxed(completion[-20_000:]) or "", answer.strip()
+    if given == gold or max(len(given), len(gold)) > 250:
+        return float(given == gold != "")
+    for pattern, by in LAYOUT + MEANING:
+        given, gold = re.sub(pattern, by, given), re.sub(pattern, by, gold)
+        if given == gold:
+            return float(gold != "")
+    for this, pattern, by in EXTRA:
+        given = re.sub(pattern, by, given) if re.fullmatch(this, gold) else given
+    for sign, pattern, by in ONE_SIDED:
+        if bool(re.search(sign, given)) != bool(re.search(sign, gold)):
+            given, gold = re.sub(pattern, by, given), re.sub(pattern, by, gold)
+    if given == gold or re.search(NO_FORMULA, f"{given} {gold}") or ("=" in given) != ("=" in gold):
+        return float(given == gold != "")
+    factors = {1, Fraction(100) ** (given.endswith("%") - gold.endswith("%"))}  # 50% is 50, or 0.5
     try:
-        for step in bar:
-            # 1 Draw problems, and G completions of each from the full policy pi, in either phase.
-            times = [time.perf_counter()]
-            indices = problems_of_step(step, len(problems), config.prompts_per_step, config.seed)
-            asked = [problems[i] for i in indices for _ in range(config.group_size)]
-            completions, sequences = rollout(model, tokenizer, asked, config, f"rollout {step}")
-            times.append(time.perf_counter())
-
-            # 2 Reward 1 for a right boxed answer, else 0.
-            texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
-            rewards = [math_reward(text, p.answer) for text, p in zip(texts, asked, strict=True)]
-
-            # 3 Normalize within each problem's group: (problems, group).
-            advantages = group_advantages(torch.tensor(rewards).view(-1, config.group_size))
-
-            # 4 Choose the policy to optimize: pi^l in phase 1, then pi.
-            auto = config.internal_layer == "auto"
-            if auto and step <= config.internal_steps and not state["boundary"]:
-                state["boundary"] = find_boundary(model, sequences, config)
-            low = state["boundary"] if auto else int(config.internal_layer)
-            layer = optimized_layer(step, config.internal_steps, low, num_layers)
-
-            # 5 Maximize the clipped surrogate of that policy, one optimizer update per mini-batch.
-            error = sampling_error(model, completions, config.temperature)
-            times.append(time.perf_counter())
-            lr = config.lr * min(1.0, step / config.lr_warmup_steps)
-            updated = update(model, optimizer, sequences, advantages.flatten(), layer, lr, config)
-
-            # 6 Log, evaluate and save.
-            told = describe(completions, rewards, advantages, times)
-            metrics = {"step": step, "layer": layer, **told, **updated, "sampling_error": error}
-            state["step"] = step
-            log(out / "metrics.jsonl", metrics)
-            if held_out and step % config.eval_every == 0:
-                evaluate_and_log(step, model, tokenizer, held_out, config)
-            STOP["limit"] = math.inf  # an impatient second Ctrl-C must not lose the checkpoint
-            stop = STOP["asked"]
-            if stop or step % config.save_every == 0 or step == config.steps:
-                save_checkpoint(config, model, tokenizer, optimizer, state)
-            STOP["limit"] = 2
-            if stop:
-                raise KeyboardInterrupt
-            history.append(metrics)
-            advise(bar, history)
-    except OSError:  # a closed pipe or terminal, or a full disk: lose no step
-        save_checkpoint(config, model, tokenizer, optimizer, state)
-        raise
-    STOP["limit"] = 1  # from here on the first request interrupts again
-    if held_out and config.steps % config.eval_every:
-        evaluate_and_log(config.steps, model, tokenizer, held_out, config)
-    if config.steps:
-        with whole_folder(out / "model", replace=True) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        command = f"python bupo.py --model {shlex.quote(str(out))} --steps 0"
-        tqdm.write(f"Saved       {out}/model; to evaluate it: {command}")
-    return out
+        for point in "pq":
+            a, b = value(given.rstrip("%"), point), value(gold.rstrip("%"), point)
+            if "=" in gold:  # an equation stays the same if it is multiplied by a number
+                a, b = a / value(given, "r"), b / value(gold, "r")
+            e = 0 if isinstance(a - b, Fraction) else 1e-10
+            factors = {k for k in factors if abs(a - b * k) <= e * min(abs(a), abs(b * k))}
+        return float(bool(factors))
+    except Exception:  # KeyError, ZeroDivisionError, OverflowError, ...: not a formula
+        return 0.0
 
 
-def describe(
-    completions: list[Completion], rewards: list[float], advantages: Tensor, times: list[float]
-) -> dict[str, Any]:
-    """What the log says of a step besides what `update` measures; entropies: mean, nats."""
-    began, sampled, updating, ended = *times, time.perf_counter()
-    tokens = sum(len(c.ids) for c in completions)
-    learned = sum(len(c.ids) for c, a in zip(completions, advantages.view(-1), strict=True) if a)
-    entropy = sum(sum(c.entropies) for c in completions) / tokens
-    return dict(
-        reward=fmean(rewards),
-        entropy=entropy,  # of pi
-        layer_entropy=entropy,  # of the policy optimized; in phase 1 `update` replaces it
-        completion_tokens=tokens / len(completions),
-        truncated=fmean(not c.ended for c in completions),
-        zero_std_groups=fmean((advantages == 0).all(-1).tolist()),
-        rollout_tokens_per_s=tokens / (sampled - began),
-        update_tokens_per_s=learned / (ended - updating),
-        peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9 or None,
-        seconds=ended - began,
+def value(text: str, point: str) -> Any:
+    """The number that a formula stands for at a point of random letters, by a Pratt parser."""
+    # Tokens stand in reverse, so that pop() reads the next one. The text gets braces and a ")" at
+    # its end, so that there always is a next token, and none that could be read beyond the end.
+    tokens = [")", "}", *re.findall(TOKEN, text, re.ASCII)[::-1], "{"]
+
+    def unknown(name: str, *items: Any) -> Any:  # a letter; what has no value, by its items: f(a)
+        number: Any = Fraction(Random(name + point).randint(1, 30_000), 10_007)
+        for i, item in enumerate(items):
+            number = compute("/", number, compute("-", unknown(name.replace("#", str(i))), item))
+        return number
+
+    def formula(level: int) -> Any:  # reads on while signs bind more tightly than level
+        number = operand()
+        while (binds := BINDS.get(tokens[-1], BINDS.get(tokens[-1][0], ADJACENT))) > level:
+            sign = tokens.pop() if tokens[-1] in SIGNS or binds == RELATION else "*"
+            other = formula(ADJACENT if binds > SUM else binds)
+            known = sign in SIGNS
+            number = compute(sign, number, other) if known else unknown("#" + sign, number, other)
+        return number
+
+    def operand() -> Any:
+        token = tokens.pop()
+        if token in "+-":
+            return compute(token, 0, formula(PRODUCT))
+        if token in "([{«":
+            items = [formula(0)]
+            while (end := tokens.pop()) == ",":
+                items.append(formula(0))
+            one = len(items) == 1 and token + end in ("()", "{}")
+            return items[0] if one else unknown(BRACKETS[token + end], *items)
+        if token == "frac":
+            return compute("/", operand(), operand())
+        if token in FUNCTIONS:
+            return compute(token, formula(POWER if tokens[-1] in "([{" else PRODUCT))
+        if token[-1].isdigit():
+            return Fraction(token)
+        if token in BINDS:
+            raise ValueError("a sign stands where a number should")
+        number = CONSTANTS.get(token) or unknown(token)
+        while tokens[-1] == "{":
+            number = unknown("f#", number, operand())
+        return number
+
+    return formula(0)
+
+
+def compute(name: str, a: Any, b: Any = 0) -> Any:
+    """a + b, sin a, ...: a Fraction if it is exact; an error if it is too long or inaccurate."""
+    bits = (a.numerator * a.denominator).bit_length() if isinstance(a, Fraction) else 1
+    if name == "^" and not 0 < bits * max(1, abs(b)) <= BITS:
+        raise ValueError("0^0 is no number, and a long power takes long")
+    number = SIGNS[name](a, b) if name in SIGNS else FUNCTIONS[name](a)
+    if isinstance(number, Fraction):
+        good = max(abs(number.numerator), number.denominator).bit_length() < BITS
+    else:  # what is infinite, nearly 0 or the small difference of large numbers has no digits
+        sizes = [abs(n) for n in (a, b, number) if n]
+        good = 1e-150 < abs(number) < 1e150 and (
+            name not in "+-=" or min(sizes) > 1e-7 * max(sizes)
+        )
+    if not good:
+        raise ArithmeticError("not a number that can be compared")
+    return number
+
+
+# 10 Problems ======================================================================================
+
+QUESTIONS = ("prompt", "question", "problem", "input", "query", "messages")
+ANSWERS = ("reward_model", "final_answer", "answer", "ground_truth", "expected_answer", "solution")
+NO_ANSWERS = ("", "-", "?", "proof", "notfound", "noanswer", "unknown", "n/a", "nan", "null")
+PARTS = r"(?i:.*(choice|option).*|context|passage|images?)|[A-H]"  # columns with more of a question
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the model is asked, as chat messages ({"role", "content"}), and the rewarded answer."""
+
+    messages: list[dict]
+    answer: str
+
+
+def load_problems(
+    source: str, limit: int | None = None, system: str = "", fits: Callable | None = None
+) -> list[Problem]:
+    """At most `limit` problems of a source, each question once. Rows that cannot be asked or
+    rewarded, or that `fits` is False for, are dropped and counted by reason."""
+    if limit == 0:
+        return []
+    problems, seen, dropped = [], set(), Counter[str]()
+    forms = ".parquet, .jsonl, .json, .csv, or on the Hub ID, ID:SPLIT or ID:CONFIG:SPLIT"
+    with explain(f"{source} cannot be read", f"name {forms}"):
+        (question, answer, *parts), rows, split = read_rows(source)
+        for row in tqdm(rows, "reading problems", leave=False, delay=2):
+            try:
+                text = str(row.get(question))
+                if text in seen:  # first, since everything else takes longer
+                    raise ValueError("duplicate")
+                if part := next((name for name in parts if row.get(name)), None):
+                    raise ValueError(f"part of the question is in {part}")
+                messages = find_messages(row.get(question), system)
+                problem = Problem(messages, find_answer(row.get(answer)))
+                seen.add(text)
+                if fits and not fits(problem):
+                    raise ValueError("too long")
+                problems.append(problem)
+            except ValueError as reason:
+                dropped[str(reason).rstrip(".")] += 1
+            if len(problems) == limit:
+                break
+    why = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common(9)) or "none"
+    found = f"{source}{split} (question: {question}, answer: {answer}; dropped: {why})"
+    if not problems:
+        raise UsageError(f"No usable row in {found}; a row needs a question and a short answer.")
+    tqdm.write(f"Problems    {len(problems)} of {found}")
+    return problems
+
+
+def read_rows(source: str) -> tuple[list[str], Iterable[dict], str]:
+    """The columns that matter, rows with them, and the split taken where the source names none."""
+    kind = re.search(r"\.(parquet|jsonl?|csv)(\?.*)?$", source.lower())
+    if not kind:
+        import datasets  # slow to import, and files need none of it
+
+        name, *rest = re.split(r":(?![^\[]*\])", source)  # not at the colon of train[:200]
+        data, split = datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else None), ""
+        if not rest:
+            first = "train" if "train" in data else next(iter(data))
+            data, split = data[first], f":{first}"
+        columns = find_columns(data.column_names)
+        return columns, data.select_columns(columns), split
+    path = Path(source).expanduser()
+    file: Any = io.BytesIO(urlopen(source).read()) if "://" in source else path.open("rb")
+    if kind[1] == "parquet":
+        import pyarrow.parquet
+
+        parquet = pyarrow.parquet.ParquetFile(file)
+        columns = find_columns(parquet.schema_arrow.names)
+        tables = parquet.iter_batches(1000, columns=columns)
+        return columns, (row for table in tables for row in table.to_pylist()), ""
+    text = file.read().decode("utf-8-sig").strip()
+    if kind[1] == "csv":
+        csv.field_size_limit(2**31 - 1)
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey=""))
+    else:
+        if not text.startswith("["):  # a row a line
+            text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
+        records = json.loads(text, parse_float=Decimal)  # 0.10 keeps its digits
+        rows = [row if isinstance(row, dict) else {} for row in records]
+    return find_columns(dict.fromkeys(itertools.chain(*rows))), rows, ""
+
+
+def find_columns(names: Iterable[str]) -> list[str]:
+    """The columns of the question, of the answer, and of other parts of the question."""
+    columns = list(names)
+    question = next((name for name in QUESTIONS if name in columns), None)
+    answer = next((name for name in ANSWERS if name in columns), None)
+    if not (question and answer):
+        lacks = "answer" if question else "question"
+        raise ValueError(f"no {lacks}, as the README names them, among its columns {columns}")
+    return [question, answer, *(name for name in columns if re.fullmatch(PARTS, name))]
+
+
+def find_messages(question: Any, system: str) -> list[dict]:
+    """A question, text or chat messages, as chat messages, system message first."""
+    if isinstance(question, str):
+        question = [dict(role="user", content=question)]
+    if isinstance(question, dict):  # of lists, as `datasets` stores a Sequence of messages
+        question = [dict(zip(question, m, strict=True)) for m in zip(*question.values())]  # noqa: B905
+    with contextlib.suppress(LookupError, TypeError, AttributeError):  # if it is anything else
+        messages = [dict(role=m["role"], content=m["content"]) for m in question]
+        while messages[-1]["role"] == "assistant":  # it may hold the answer
+            messages.pop()
+        if system and messages[0]["role"] != "system":
+            messages.insert(0, dict(role="system", content=system))
+        if messages[-1]["role"] == "user" and all(m["content"].strip() for m in messages):
+            return messages
+    raise ValueError("no question as text or as chat messages")
+
+
+def find_answer(value: Any) -> str:
+    r"""The answer in a value, with all its digits: what is in \boxed{} (MATH) or after '####'
+    (GSM8K), else the whole text, if it is short."""
+    if isinstance(value, dict):  # reward_model
+        value = value.get("ground_truth")
+    if isinstance(value, (float, Decimal)):
+        value = f"{Decimal(str(value)):f}"  # 5e-05 is 0.00005
+    text = str(value).rpartition("####")[2].strip() if isinstance(value, (str, int)) else ""
+    boxes = set(find_boxes(text))
+    if len(boxes) > 1:
+        raise ValueError("several answers")
+    words = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)
+    if not boxes and ("\n" in text or len(words) > 10 or len(text) > 300):
+        raise ValueError("prose for an answer")
+    answer = boxes.pop() if boxes else text
+    if re.sub(r"\\text|[\s_{}$.]", "", answer.lower()) in NO_ANSWERS:
+        raise ValueError("no answer")
+    return answer
+
+
+# 11 Model =========================================================================================
+
+
+def load_model(name: str) -> tuple[Model, Tokenizer]:
+    """A causal language model, float32, on the CPU, in evaluation mode, and its tokenizer. name: a
+    Hub id, a folder in the Hugging Face layout, or that of a run, whose last checkpoint it is. Only
+    safetensors are read, and no code of a checkpoint is run."""
+    folder = model_folder(name)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        if not checkpoints(folder):
+            raise UsageError(
+                f"{folder} has neither config.json nor a checkpoint of a training run."
+            )
+        folder = checkpoints(folder)[-1]
+    source, safe = str(folder) if folder.exists() else name, dict(trust_remote_code=False)
+    with explain(f"The model {name} cannot be loaded", "check name, files and connection"):
+        config = transformers.AutoConfig.from_pretrained(source, **safe)
+        if any(hasattr(c, "quantization_config") for c in (config, config.get_text_config())):
+            raise ValueError("it is quantized: name the model that it was made from")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
+        if type(tokenizer).__name__ == "MistralCommonBackend":  # it encodes no rendered text
+            raise ValueError("mistral-common reads its tokenizer: run without that package")
+        load: Any = transformers.AutoModelForCausalLM.from_pretrained
+        safe |= dict(use_safetensors=True, output_loading_info=True)
+        model, report = load(source, dtype=torch.float32, **safe)
+        if missing := sorted(report["missing_keys"]):  # random numbers are in their place
+            raise ValueError(f"it lacks {len(missing)} of its weights, such as {missing[0]}")
+    check_model(model.eval())
+    return model, tokenizer
+
+
+def model_folder(name: str) -> Path:
+    """The folder that --model names, here or beside this file, as tiny/ is."""
+    here, beside = Path(name).expanduser(), Path(__file__).resolve().parent / name
+    return beside if beside.exists() and not here.exists() else here
+
+
+@torch.no_grad()
+def check_model(model: Model) -> None:
+    """Give a model (float32, CPU) fused attention and norms. Then compute a few tokens in three
+    ways and refuse the model unless they agree: by transformers' own forward pass, by ours, and by
+    `sample` with its cache."""
+    close = partial(torch.allclose, rtol=1e-3, atol=1e-3)
+    problem = f"This program cannot run the blocks of {type(model).__name__}"
+    with explain(problem, "use a Llama, Mistral, Qwen2, Qwen3 or SmolLM2"):
+        model.set_attn_implementation("sdpa")  # whatever its config.json says
+        ids = torch.arange(8)[None] % model.get_input_embeddings().num_embeddings  # (1, 8)
+        logits = model(input_ids=ids, use_cache=False).logits  # (1, 8, V)
+        for norm in model.modules():  # transformers' own takes eight operations, this one takes one
+            if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
+                shape, eps = norm.weight.shape, norm.variance_epsilon
+                fused = partial(nn.functional.rms_norm, normalized_shape=shape, weight=norm.weight)
+                norm.forward = partial(fused, eps=eps)
+        blocks = list(residual_stream(model, ids))
+        below, _, attention, _, ffn = blocks[-1]  # H^(L-1), A^L, F^L: (1, 8, D) each
+        if not close(policy_logits(model, below + attention + ffn), logits):
+            raise ValueError("its logits are not lm_head(norm(H^L)), H^l = H^(l-1) + A^l + F^l")
+        prompts = [ids[0, :5].tolist(), ids[0, :2].tolist()]
+        completions = sample(model, prompts, 3, set(), generator=random_stream("cpu", 0, "check"))
+        sampled = torch.tensor([logp for c in completions for logp in c.logps])  # (6,)
+        ids, mask = pad([(c.prompt, c.ids) for c in completions], "cpu")  # (2, 8) each
+        scored, _ = token_logps(model, ids, mask, len(blocks))  # (6,)
+        if not close(sampled, scored):
+            raise ValueError("with a cache it computes something else than without")
+
+
+def encode(tokenizer: Tokenizer, problem: Problem) -> list[int]:
+    """The token ids of a problem, ready to be completed: by the chat template, or as plain text. A
+    system message that the template refuses or ignores goes into the first user message."""
+    first, *rest = problem.messages
+    text = "\n\n".join(m["content"] for m in problem.messages) + "\n\n"
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and token.content in text:
+            raise UsageError(
+                f"A question holds {token.content}: a template has rendered it before."
+            )
+    if tokenizer.chat_template is None:
+        ids = tokenizer(text).input_ids
+        ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some end every text
+    else:
+        # A template that writes today's date would ask something else after midnight.
+        template = "{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}"
+        settings: Any = dict(chat_template=template + tokenizer.get_chat_template(), tokenize=False)
+        settings |= dict(add_generation_prompt=True, enable_thinking=False)  # the latter as in P
+        render, text = partial(tokenizer.apply_chat_template, **settings), ""
+        system = first["content"].strip()
+        own = first["role"] == "system"
+        with contextlib.suppress(jinja2.TemplateError) if own else contextlib.nullcontext():
+            text = render(problem.messages)
+        if own and (not text or system not in text):
+            text = render([dict(rest[0], content=f"{system}\n\n{rest[0]['content']}"), *rest[1:]])
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    # Some templates leave out what is no list of parts, some tokenizers lose spaces.
+    users = [m["content"] for m in problem.messages if m["role"] == "user"]
+    prompt, *questions = (
+        " ".join(unicodedata.normalize("NFKC", said).split())
+        for said in (tokenizer.decode(ids, clean_up_tokenization_spaces=False), *users)
     )
+    if not all(question in prompt for question in questions):
+        raise UsageError("The chat template or the tokenizer changes a question; fix the model's.")
+    return ids
 
 
-def evaluate_and_log(
-    step: int, model: Model, tokenizer: Tokenizer, problems: list[Problem], config: Config
-) -> None:
-    """Evaluate, log it with a completion of each of the first eight problems, and show one."""
-    metrics, samples = evaluate(model, tokenizer, problems, config)
-    k, first, error = config.eval_k, samples[0], metrics["eval_se"]
-    for record in samples[: 8 * k : k]:
-        log(Path(config.out, "completions.jsonl"), dict(step=step, **record))
-    log(Path(config.out, "metrics.jsonl"), dict(step=step, **metrics))
-    known = "" if error is None else f" (standard error {error:.1%})"
-    score = f"avg@{k} {metrics['eval_avg']:.1%}{known}, pass@{k} {metrics['eval_pass'][-1]:.1%}"
-    tqdm.write(f"Evaluation  step {step}: {score}, {len(problems)} held-out problems")
-    said = f"{first['messages'][-1]['content'][:150]} -> ... {first['completion'][-200:]}"
-    said += f" [answer {first['answer']}, reward {first['reward']:.0f}]"
-    tqdm.write(f"Completion  {' '.join(said.split())}")
+def end_tokens(model: Model, tokenizer: Tokenizer) -> set[int]:
+    """The ids that end a completion: the model's, the tokenizer's, and the special token with which
+    the chat template closes an assistant's turn."""
+    ids = model.generation_config.eos_token_id
+    ends = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
+    turn = [dict(role="user", content="2"), dict(role="assistant", content="THE ANSWER")]
+    with contextlib.suppress(Exception):  # it has no template, or one that refuses such a turn
+        text = tokenizer.apply_chat_template(turn, tokenize=False).partition("THE ANSWER")[2]
+        after = tokenizer(text, add_special_tokens=False).input_ids
+        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+        ends.update([i for i in after if i in special][:1])
+    return ends - {None}
 
 
-def update(
-    model: Model,
-    optimizer: "MasterAdamW",
-    sequences: Sequences,
-    advantages: Tensor,
-    layer: int,
-    lr: float,
-    config: Config,
-) -> dict[str, float]:
-    """Maximize the mean clipped surrogate of pi^layer, one optimizer update per mini-batch, for M
-    (prompt, completion) pairs, those of a problem side by side, with advantages (M,). The mean is
-    over all completion tokens of a mini-batch or, as in Eq. 3 and 9 (--loss-average sequence), per
-    completion, then over completions. Completions without advantage count as zeros."""
-    model.eval()  # in updates too: with dropout, rho would be a matter of chance
-    internal, size = layer < len(model.get_decoder().layers), config.mini_batch * config.group_size
-    lengths = torch.tensor([len(c) for _, c in sequences], device=model.device)  # (M,)
-    totals = lengths.view(-1, size).sum(-1).repeat_interleave(size)  # (M,), of mini-batches
-    weights = 1 / (totals if config.loss_average == "token" else size * lengths)  # (M,), of tokens
+def usable_problems(
+    config: Config, model: Model, tokenizer: Tokenizer
+) -> tuple[list[Problem], list[Problem]]:
+    """Held-out and training problems with short prompts; refuses what the model cannot take."""
+    num_layers = len(model.get_decoder().layers)
+    if config.internal_layer != "auto" and int(config.internal_layer) > num_layers:
+        raise UsageError(f"--internal-layer must be auto or 1 to {num_layers} for this model.")
+    check_lengths(model, config.max_prompt_tokens + config.max_new_tokens)
 
-    def score(micro: list[int], entropy: bool) -> tuple[Tensor, Tensor | None]:
-        ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
-        norm, recompute = config.internal_norm == "final", config.gradient_checkpointing
-        return token_logps(model, ids, mask, layer, norm, config.temperature, entropy, recompute)
+    def fits(problem: Problem) -> bool:
+        ids = encode(tokenizer, problem)
+        if max(ids) >= model.get_input_embeddings().num_embeddings:
+            raise UsageError("The tokenizer has a token that the model does not have, in a prompt.")
+        return len(ids) <= config.max_prompt_tokens
 
-    # plan: the micro-batches of each mini-batch. Only completions with an advantage are in it.
-    split = partial(micro_batches, sequences, config.micro_batch_tokens)
-    learns = [i for i, advantage in enumerate(advantages.tolist()) if advantage != 0]
-    plan = [split(i for i in learns if i // size == n) for n in range(len(sequences) // size)]
-    plan = [micros for micros in plan if micros]
-    rest = split(i for i in range(len(sequences)) if i not in learns) if internal else []
-
-    # pi^l_old is pi^l before any update. The first mini-batch takes log pi^l_old from its own
-    # forward pass (rho = 1); the later ones are scored here. In phase 1, completions without
-    # advantage are scored, too, for the entropy in the log. Key: the first index of a micro-batch.
-    with torch.no_grad():
-        scored = {micro[0]: score(micro, internal) for micro in itertools.chain(*plan[1:], rest)}
-    ratios, clipped, grad_norms = [], [], []
-    for micros in plan:
-        first = micros is plan[0]  # nothing has moved pi^l yet
-        for micro in micros:
-            logps, entropies = score(micro, internal and first)  # (N,) each, N completion tokens
-            if first:
-                scored[micro[0]] = (logps.detach(), entropies)
-            old_logps, _ = scored[micro[0]]  # (N,)
-            weight = weights[micro].repeat_interleave(lengths[micro])  # (N,)
-            advantage = advantages.to(weight)[micro].repeat_interleave(lengths[micro])  # (N,)
-            surrogate = clipped_surrogate(logps, old_logps, advantage, config.clip)  # (N,)
-            (-(weight * surrogate).sum()).backward()
-            ratios.append((logps.detach() - old_logps).exp())  # (N,)
-            clipped.append(surrogate.detach() < ratios[-1] * advantage)  # (N,)
-        grad_norms.append(optimizer.step(lr))
-    metrics = dict(clip_fraction=0.0, ratio_max=1.0, grad_norm=0.0)
-    if plan:
-        metrics["clip_fraction"] = float(torch.cat(clipped).float().mean())
-        metrics["ratio_max"] = float(torch.cat(ratios).max())
-        metrics["grad_norm"] = fmean([x for x in grad_norms if math.isfinite(x)] or [math.nan])
-    if internal:
-        total = sum(float(entropy.sum()) for _, entropy in scored.values() if entropy is not None)
-        metrics["layer_entropy"] = total / int(lengths.sum())
-    return metrics
+    held_out = load_problems(config.eval_dataset, config.eval_problems, config.system, fits)
+    limit = None if config.steps else 0
+    return held_out, load_problems(config.dataset, limit, config.system, fits)
 
 
-class MasterAdamW:
-    """AdamW on float32 masters of the weights of a model of any precision: ZeRO-Offload's idea. In
-    bfloat16 a weight is too coarse for a learning rate of 1e-6. So each has a float32 master, with
-    AdamW's moments beside it, on the GPU or the CPU. A gradient goes to its master as soon as it is
-    there; after a step the weights are the masters, rounded. In float32 on one device a weight is
-    its own master. AdamW's defaults are the paper's settings."""
-
-    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, where: str):
-        """The float32 weights of `model` become the masters, and it gets `dtype`. auto: the GPU if
-        18 bytes a weight (itself, master, gradient, moments) fit into half of what is free."""
-        self.weights, self.device = list(model.parameters()), torch.device("cpu")
-        size = sum(weight.numel() for weight in self.weights)
-        if device.type == "cuda" and where != "cpu":
-            free, _ = torch.cuda.mem_get_info(device)
-            self.device = device if where == "cuda" or 18 * size <= free / 2 else self.device
-        self.masters = self.weights
-        if dtype != torch.float32 or device != self.device:
-            self.masters = [nn.Parameter(w.detach().to(self.device)) for w in self.weights]
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                weight.register_post_accumulate_grad_hook(partial(self.take, master))
-        place(model, device, dtype)
-        self.adam = torch.optim.AdamW(self.masters, fused=True)
-        kind = f"{type(model).__name__}, {size / 1e6:.1f} M parameters, {dtype} on {device}"
-        tqdm.write(f"Model       {kind}, masters on {self.device}".replace("torch.", ""))
-
-    @torch.no_grad()
-    def take(self, master: Tensor, weight: Tensor) -> None:
-        """Add the gradient of a weight to that of its master, in float32, and free it."""
-        grad = weight.grad.to(master.device, torch.float32)  # type: ignore[union-attr]
-        master.grad = grad if master.grad is None else master.grad.add_(grad)
-        weight.grad = None
-
-    @torch.no_grad()
-    def step(self, lr: float) -> float:
-        """Clip the gradient, whose norm is returned, update masters and weights. Weights without
-        gradient, such as those above l in phase 1, stay bit-identical; a gradient that is not
-        finite moves nothing."""
-        norm = float(nn.utils.clip_grad_norm_(self.masters, GRAD_CLIP))
-        if math.isfinite(norm):
-            self.adam.param_groups[0]["lr"] = lr
-            self.adam.step()
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                if master is not weight and master.grad is not None:
-                    weight.copy_(master)
-        self.adam.zero_grad()  # to None: zeros would let momentum and weight decay move masters
-        return norm
+def check_lengths(model: Model, tokens: int) -> None:
+    """Refuse more tokens, prompt and completion, than the model reads as it was trained to."""
+    limits = ["max_position_embeddings", "sliding_window"]
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond this length its rotary embeddings are others
+        limits.append("original_max_position_embeddings")
+    most = min(getattr(model.config, name, None) or rope.get(name) or math.inf for name in limits)
+    if tokens > most:
+        lower = "lower --max-prompt-tokens or --max-new-tokens"
+        raise UsageError(f"This model reads at most {most} tokens, not {tokens}; {lower}.")
 
 
-def rollout(
-    model: Model, tokenizer: Tokenizer, asked: list[Problem], config: Config, purpose: str
-) -> tuple[list[Completion], Sequences]:
-    """A completion of each problem from pi, drawn as seed and purpose say; and the ids of both."""
-    prompts = [encode(tokenizer, problem) for problem in asked]
-    ends, stream = end_tokens(model, tokenizer), random_stream(model.device, config.seed, purpose)
-    most, rows = config.max_new_tokens, rollout_rows(model, max(map(len, prompts)), config)
-    completions = sample(model, prompts, most, ends, config.temperature, rows, stream, purpose)
-    torch.cuda.empty_cache()  # an update needs blocks of other sizes
-    return completions, [(c.prompt, c.ids) for c in completions]
+def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
+    """The device and the precision to compute in. auto: the GPU, but not silently the CPU if there
+    is a GPU whose driver is too old for torch."""
+    cuda = torch.cuda.is_available() and config.device != "cpu"
+    driver = torch.version.cuda and shutil.which("nvidia-smi")  # which a driver brings
+    if not cuda and (config.device == "cuda" or (config.device == "auto" and driver)):
+        fix = "update its driver, install torch for the driver's CUDA, or give --device cpu"
+        raise UsageError(f"torch finds no NVIDIA GPU that it can use; {fix}.")
+    if config.optimizer_device == "cuda" and not cuda:
+        raise UsageError("--optimizer-device cuda needs a GPU; give auto.")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, so at each token
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    auto = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    low = config.precision == "bfloat16" or (config.precision == "auto" and auto)
+    return torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if low else torch.float32
 
 
 def rollout_rows(model: Model, longest_prompt: int, config: Config) -> int:
@@ -1231,33 +1323,32 @@ def rollout_rows(model: Model, longest_prompt: int, config: Config) -> int:
     return max(1, int(memory // (numbers * model.dtype.itemsize + 32 * c.vocab_size)))
 
 
+def micro_batch_tokens(model: Model, optimizer: MasterAdamW, layer: int, config: Config) -> int:
+    """--micro-batch-tokens; auto: 16,384, or 32,768 if each micro-batch has to send its gradients
+    to the CPU (still more tokens would lose more time to padding than they save); on a GPU not more
+    than fit into 90 % of its free memory, but at least 4,096."""
+    if config.micro_batch_tokens != "auto" or model.device.type == "cpu":
+        return 16384 if config.micro_batch_tokens == "auto" else int(config.micro_batch_tokens)
+    torch.cuda.empty_cache()
+    free, most = 0.9 * torch.cuda.mem_get_info(model.device)[0], 32768
+    if optimizer.device.type == "cuda":  # then gradients of masters, and moments yet to be made
+        most, made = 16384, optimizer.adam.state
+        free -= sum((4 if master in made else 12) * master.numel() for master in optimizer.masters)
+    c, size = model.config, model.dtype.itemsize  # bytes of a number
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    heads = head_dim * (c.num_attention_heads + c.num_key_value_heads)
+    block = size * (4 * c.hidden_size + 3 * heads + 6 * c.intermediate_size)  # of a token
+    kept = layer * (size * c.hidden_size if config.gradient_checkpointing else block)  # of a token
+    head = size * c.vocab_size * c.hidden_size  # the gradient of lm_head
+    logits = 12 * HEAD_TOKENS * c.vocab_size  # log-probabilities and two gradients in float32
+    in_head = (free - head - max(logits, 2 * head)) / (kept + size * c.hidden_size)
+    in_block = (free - head * c.tie_word_embeddings) / (kept + block)
+    return int(max(4096, min(most, in_head, in_block)))
+
+
 def random_stream(device: str | torch.device, seed: int, purpose: str) -> torch.Generator:
     """A generator that seed and purpose determine: nothing to save, and none disturbs another."""
     return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
-
-
-def find_boundary(model: Model, sequences: Sequences, config: Config) -> int:
-    """What `--internal-layer auto` means: the boundary layer, by 32 tokens of 16 completions."""
-    windows = []
-    for n, (prompt, completion) in enumerate(sequences[:: max(1, len(sequences) // 16)][:16]):
-        start = n * max(0, len(completion) - 32) // 15  # early in the first, late in the last
-        windows.append((prompt + completion[:start], completion[start : start + 32]))
-    change = ffn_entropy_change(model, windows, config.micro_batch_tokens)
-    layer, rounded = boundary_layer(change), " ".join(f"{value:+.2f}" for value in change)
-    found = f"layer {layer}" if max(change) > 0 else "none, so phase 1 is GRPO"
-    tqdm.write(f"Boundary    {found}; FFN entropy change of each layer, in nats: {rounded}")
-    return layer
-
-
-@torch.no_grad()
-def sampling_error(model: Model, completions: list[Completion], temperature: float) -> float:
-    """Mean |log pi as sampled - as scored|, nats, of 1 completion in 16, about 8 at most."""
-    num_layers, errors = len(model.get_decoder().layers), []
-    for c in completions[:: max(16, len(completions) // 8)]:
-        ids, mask = pad([(c.prompt, c.ids)], model.device)  # (1, T) each
-        scored, _ = token_logps(model, ids, mask, num_layers, temperature=temperature)
-        errors += (scored.cpu() - torch.tensor(c.logps)).abs().tolist()
-    return fmean(errors)
 
 
 def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
@@ -1266,143 +1357,149 @@ def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
     return [epoch(i // count)[i % count] for i in range((step - 1) * size, step * size)]
 
 
-# 10 Files and command line ========================================================================
+@torch.no_grad()
+def sampling_mismatch(model: Model, completions: list[Completion], temperature: float) -> float:
+    """Mean |log pi as sampled - log pi as scored|, in nats: of 1 completion in 16, about 8 at most.
+    Decoding and scoring are one network, so more than rounding would be a bug."""
+    num_layers, differences = len(model.get_decoder().layers), []
+    for c in completions[:: max(16, len(completions) // 8)]:
+        ids, mask = pad([(c.prompt, c.ids)], model.device)  # (1, T) each
+        scored, _ = token_logps(model, ids, mask, num_layers, temperature=temperature)  # (N,)
+        differences += (scored.cpu() - torch.tensor(c.logps)).abs().tolist()
+    return fmean(differences)
+
+
+# 12 Files and command line ========================================================================
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
-STOP: dict[str, float] = dict(asked=0, limit=1)  # requests to stop; how many interrupt
+RULES: dict[str, Any] = dict(  # the form of a text; the least value of a number, if not 1
+    internal_layer="auto|[1-9][0-9]*", internal_norm="final|none", loss_average="token|sequence",
+    rollout_rows="auto|[1-9][0-9]*", micro_batch_tokens="auto|[1-9][0-9]*", device="auto|cpu|cuda",
+    precision="auto|float32|bfloat16", optimizer_device="auto|cpu|cuda", internal_steps=0, steps=0,
+    group_size=2, clip=1e-6, lr=0, temperature=1e-6, eval_problems=0, threads=0, seed=0, keep=0,
+)  # fmt: skip
 
 
-def ask_to_stop(number: int, frame: Any) -> None:
-    """In training, the first Ctrl-C, SIGTERM or SIGHUP lets the step finish, and a Ctrl-C after it
-    interrupts (not a SIGHUP: a terminal that closes may send two). Otherwise the first one does."""
-    STOP["asked"] = max(1, STOP["asked"] + (number == signal.SIGINT))
-    if STOP["asked"] >= STOP["limit"]:
-        raise KeyboardInterrupt
+class UsageError(ValueError):
+    """Something the user can fix: one sentence that says what is wrong and what to do."""
 
 
-def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
-    """The device and the precision to compute in."""
-    name, native = config.device, False
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        with explain(f"--device {name} cannot be used", "give cpu or auto"):
-            torch.cuda.init()
-            torch.cuda.set_device(device.index or 0)
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, so at each token
-    if config.preset == "tiny":
-        torch.set_num_threads(1)  # more make so small a model slower
-    if config.optimizer_device == "cuda" and device.type == "cpu":
-        raise UsageError("--optimizer-device cuda needs --device cuda; give auto.")
-    low = config.precision == "bfloat16" or (config.precision == "auto" and native)
-    if device.type == "cuda" and not low:  # no fused kernel there shares keys between query heads
-        sdpa_attention.use_gqa_in_sdpa = lambda *_: False  # so copy the keys: T^2 memory otherwise
-    return device, torch.bfloat16 if low else torch.float32
+@contextlib.contextmanager
+def explain(problem: str, fix: str) -> Iterator[None]:
+    """Turn what a library raises inside into one sentence: the problem, its own words, the fix."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UsageError) or out_of_memory(error):
+            raise
+        why = " ".join(str(error).split())[:200].rstrip(".:, ") or type(error).__name__
+        raise UsageError(f"{problem} ({why}); {fix}.") from error
 
 
-def usable_problems(
-    config: Config, model: Model, tokenizer: Tokenizer
-) -> tuple[list[Problem], list[Problem]]:
-    """Held-out and training problems with short prompts; refuses what the model cannot take."""
-    num_layers = len(model.get_decoder().layers)
-    if config.internal_layer != "auto" and int(config.internal_layer) > num_layers:
-        raise UsageError(f"--internal-layer must be auto or 1 to {num_layers} for this model.")
-    limits = ["max_position_embeddings", "sliding_window"]
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # beyond this length its rotary embeddings are others
-        limits.append("original_max_position_embeddings")
-    most = min(getattr(model.config, name, None) or rope.get(name) or math.inf for name in limits)
-    if config.max_prompt_tokens + config.max_new_tokens > most:
-        both = "--max-prompt-tokens plus --max-new-tokens"
-        raise UsageError(f"{both} must be at most {most}, which is as far as this model reads.")
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, the GPU's or the machine's: torch and CUDA word it differently."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)) is not None
 
-    def fits(problem: Problem) -> bool:
-        return len(encode(tokenizer, problem)) <= config.max_prompt_tokens
 
-    held_out = load_problems(config.eval_dataset, config.eval_problems, config.system, fits)
-    some = None if config.steps else 0
-    return held_out, load_problems(config.dataset, some, config.system, fits)
+def check_settings(config: Config) -> None:
+    """Refuse settings that cannot work."""
+    for f in fields(config):
+        value, rule = getattr(config, f.name), RULES.get(f.name, 1 if type(f.default) is int else 0)
+        if type(f.default) in (int, float):
+            fine, words = rule <= value < math.inf, f"{rule} or more"
+        else:
+            fine = f.name not in RULES or re.fullmatch(rule, value)
+            words = str(rule).replace("[1-9][0-9]*", "a number").replace("|", " or ")
+        if not fine:
+            raise UsageError(f"--{f.name.replace('_', '-')} must be {words}, not {value!r}.")
+    if config.prompts_per_step % config.mini_batch:
+        raise UsageError("--mini-batch must divide --prompts-per-step.")
+    if not config.steps and not config.eval_problems:
+        raise UsageError("--steps 0 only evaluates and --eval-problems 0 does not; raise one.")
+
+
+def configure(model: str = "tiny", **given: Any) -> Config:
+    """The settings given; else those of settings.json in the folder of the model or its parent, as
+    tiny/ and the folders of runs have it; else the defaults of `Config`."""
+    folder = model_folder(model)
+    places = [place for place in (folder, folder.parent) if (place / "settings.json").exists()]
+    known = read_settings(places[0]) if places else {}
+    return Config(**{**known, **given, "model": model})
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """What settings.json in a folder says. Data may be named by their place in this folder."""
+    folder = Path(folder).expanduser()
+    with explain(f"{folder} has no settings.json that fits", "name the folder of a run"):
+        saved = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        Config(**saved)
+        for name in saved.keys() & {"dataset", "eval_dataset"}:
+            if (folder / saved[name]).exists():
+                saved[name] = str((folder / saved[name]).resolve())
+    return saved
+
+
+def write_settings(out: Path, config: Config, resume: bool) -> None:
+    """Write settings.json, never half of it; of two runs that begin in one folder, one fails."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "settings.json").touch(exist_ok=resume)
+    settings = {name: value for name, value in asdict(config).items() if name != "out"}
+    (out / ".settings").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (out / ".settings").replace(out / "settings.json")
 
 
 def run_folder(config: Config, resume: bool) -> tuple[Path, Path | None]:
     """The folder of the run and the checkpoint to resume it from; nothing is written yet."""
-    name = Path(config.model).name + time.strftime("-%Y%m%d-%H%M%S")
+    name = Path(config.model).resolve().name + time.strftime("-%Y%m%d-%H%M%S")
     out = Path(config.out or Path("runs", name)).expanduser()
-    config.out, found = str(out), checkpoints(out)
+    config.out, saved = str(out), checkpoints(out)
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there already; --resume it, or give another --out.")
-    if resume and not found and ((out / "metrics.jsonl").exists() or (out / "model").exists()):
+    if resume and not saved:
         raise UsageError(f"{out} has no checkpoint to resume from; start anew with another --out.")
-    if found and config.steps < int(found[-1].name[11:]):
-        raise UsageError(f"--steps {config.steps} is less than {found[-1]} has; raise it.")
-    return out, found[-1] if found else None
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder to fill, which gets its name at the end of this context: whole, or not at all."""
-    with explain(f"{folder} cannot be written", "make room, or give another --out"):
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            if replace:
-                shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)  # fails if there is one that is not empty: no two runs share
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_config(out: Path, config: Config, resume: bool) -> None:
-    """Write config.json, never half of it: into a new folder, or over that of the run to resume."""
-    with contextlib.nullcontext(out) if resume else whole_folder(out) as folder:
-        text = json.dumps(asdict(config), indent=2) + "\n"
-        (folder / ".config.json").write_text(text, encoding="utf-8")
-        (folder / ".config.json").replace(folder / "config.json")
-
-
-def save_checkpoint(
-    config: Config, model: Model, tokenizer: Tokenizer, optimizer: MasterAdamW, state: dict
-) -> None:
-    """Write checkpoint-STEP, with the masters, for --resume and --model; remove all but --keep."""
-    out, names = Path(config.out), [name for name, _ in model.named_parameters()]
-    if (out / f"checkpoint-{state['step']}").exists():
-        return
-    with whole_folder(out / f"checkpoint-{state['step']}") as folder:
-        masters = dict(zip(names, optimizer.masters, strict=True))
-        model.save_pretrained(folder, state_dict=masters, max_shard_size="1TB")
-        model.config.dtype = "float32"  # which the masters are, whatever the model computes in
-        model.config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        logs = {name: (out / name).read_text("utf-8") for name in LOGS if (out / name).exists()}
-        torch.save(dict(state, logs=logs, adam=optimizer.adam.state_dict()), folder / "training.pt")
-    for old in checkpoints(out)[: -config.keep] if config.keep else []:
-        shutil.rmtree(old)
-
-
-def load_checkpoint(start: Path | None, optimizer: MasterAdamW) -> dict[str, Any]:
-    """The state of the run at the start; restores AdamW's moments and the logs."""
-    if start is None:
-        return dict(step=0, boundary=None)
-    fix = "remove this checkpoint, and --resume continues from the one before"
-    with explain(f"The checkpoint {start} is damaged or of another model", fix):
-        state = torch.load(start / "training.pt", optimizer.device, weights_only=True)
-        optimizer.adam.load_state_dict(state.pop("adam"))
-    for name in LOGS:
-        (start.parent / name).unlink(missing_ok=True)
-    for name, text in state.pop("logs").items():
-        (start.parent / name).write_text(text, encoding="utf-8")
-    tqdm.write(f"Resumed     after step {state['step']}, from {start}")
-    return state
+    return out, saved[-1] if resume else None
 
 
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [folder for folder in out.glob("checkpoint-*") if folder.name[11:].isdecimal()]
     return sorted(found, key=lambda folder: int(folder.name[11:]))
+
+
+def save_checkpoint(
+    config: Config, model: Model, tokenizer: Tokenizer, optimizer: MasterAdamW, state: dict
+) -> None:
+    """Write checkpoint-STEP, with the masters, for --resume and --model; remove all but --keep."""
+    out, folder = Path(config.out), Path(config.out, f"checkpoint-{state['step']}")
+    temporary = out / ".checkpoint.tmp"
+    if folder.exists():
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    saved = {name: x for name, x in model.named_buffers() if name in model.state_dict()}
+    saved |= zip((name for name, _ in model.named_parameters()), optimizer.masters, strict=True)
+    model.save_pretrained(temporary, state_dict=saved, max_shard_size="1TB")
+    model.config.dtype = "float32"  # which the masters are, whatever the model computes in
+    model.config.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    logs = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
+    torch.save(dict(state, logs=logs, adam=optimizer.adam.state_dict()), temporary / "training.pt")
+    temporary.rename(folder)  # so it is whole, or not there at all
+    for old in checkpoints(out)[: -config.keep] if config.keep else []:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(start: Path, optimizer: MasterAdamW) -> tuple[int, int]:
+    """The steps done and the layer that `auto` has found, else 0; restores AdamW's moments, and
+    cuts from the logs what was written after the checkpoint."""
+    with explain(f"{start} is damaged", "remove it, and --resume continues from the one before"):
+        state = torch.load(start / "training.pt", optimizer.device, weights_only=True)
+        optimizer.adam.load_state_dict(state["adam"])
+    for name in LOGS:
+        with open(start.parent / name, "a") as file:
+            file.truncate(state["logs"].get(name, 0))
+    tqdm.write(f"Resumed     after step {state['step']}, from {start}")
+    return state["step"], state["internal_layer"]
 
 
 def log(file: Path, record: dict[str, Any]) -> None:
@@ -1412,41 +1509,97 @@ def log(file: Path, record: dict[str, Any]) -> None:
         lines.write(json.dumps(finite) + "\n")
 
 
-def advise(bar: tqdm, history: list[dict[str, Any]]) -> None:
-    """Show the last step on the bar, say once what to do about it, end a run that cannot learn."""
-    last, note = history[-1], ""
-    bar.set_postfix({name: last[name] for name in ("layer", "reward", "completion_tokens")})
-    if len(history) >= 20 and not any(step["reward"] for step in history[-20:]):
-        note = "no reward in 20 steps: are answers boxed, problems too hard? See completions.jsonl"
-    elif last["truncated"] > 0.5:
-        note = "most completions are cut off: raise --max-new-tokens"
-    elif last["entropy"] < 0.02:
-        note = "the entropy is nearly 0, nothing is left to explore: lower --lr"
-    if note and all(step.get("note") != note for step in history):
-        tqdm.write(f"Note        {note} (step {last['step']})")
-        last["note"] = note
-    if len(history) >= 10 and all(math.isnan(step["grad_norm"]) for step in history[-10:]):
-        fix = "resume with a lower --lr or --precision float32"
-        raise UsageError(f"Ten steps in a row had no finite gradient; {fix}.")
+def update_metrics(
+    ratios: list[Tensor], clipped: list[Tensor], grad_norms: list[float], entropies: list | None
+) -> dict[str, float | None]:
+    """What the log says of an update: tensors (N,), one for each micro-batch. layer_entropy is of
+    pi^l before the update, over the completion tokens of completions with an advantage."""
+    metrics: dict[str, float | None] = dict(clip_fraction=0.0, ratio_max=1.0, grad_norm=0.0)
+    if ratios:
+        metrics["clip_fraction"] = float(torch.cat(clipped).float().mean())
+        metrics["ratio_max"] = float(torch.cat(ratios).max())
+        metrics["grad_norm"] = fmean(grad_norms)
+    if entropies is not None:  # in phase 1
+        metrics["layer_entropy"] = float(torch.cat(entropies).mean()) if entropies else None
+    return metrics
+
+
+def describe(
+    completions: list[Completion], rewards: list[float], advantages: Tensor, times: list[float]
+) -> dict[str, Any]:
+    """What the log says of a step besides its update. Entropies are means over completion tokens,
+    in nats; times: before and after the rollout, before and after the update, in seconds."""
+    began, sampled, updating, ended = times
+    tokens = sum(len(c.ids) for c in completions)
+    learned = sum(len(c.ids) for c, a in zip(completions, advantages.view(-1), strict=True) if a)
+    mean_entropy = sum(sum(c.entropies) for c in completions) / tokens
+    return dict(
+        reward=fmean(rewards),
+        entropy=mean_entropy,  # of pi
+        layer_entropy=mean_entropy,  # of the policy optimized: in phase 1 `update` measures pi^l
+        completion_tokens=tokens / len(completions),
+        truncated=fmean(not c.ended for c in completions),
+        zero_std_groups=fmean((advantages == 0).all(-1).tolist()),
+        rollout_tokens_per_s=tokens / (sampled - began),
+        update_tokens_per_s=learned / (ended - updating),
+        peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9 or None,
+        seconds=ended - began,
+    )
+
+
+def evaluate_and_log(
+    step: int, model: Model, tokenizer: Tokenizer, problems: list[Problem], config: Config
+) -> None:
+    """Evaluate, log it with a completion of each of the first eight problems, and show one."""
+    metrics, samples = evaluate(model, tokenizer, problems, config)
+    for one in samples[: 8 * config.eval_k : config.eval_k]:
+        log(Path(config.out, "completions.jsonl"), dict(step=step, **one))
+    log(Path(config.out, "metrics.jsonl"), dict(step=step, **metrics))
+    error = metrics["eval_se"]
+    known = "" if error is None else f" (standard error {error:.1%})"
+    score = f"avg@{config.eval_k} {metrics['eval_avg']:.1%}{known}"
+    score += f", pass@{config.eval_k} {metrics['eval_pass'][-1]:.1%}"
+    tqdm.write(f"Evaluation  step {step}: {score}, {len(problems)} held-out problems")
+    shown = samples[0]
+    text = f"{shown['messages'][-1]['content'][:150]} -> ... {shown['completion'][-200:]}"
+    text += f" [answer {shown['answer']}, reward {shown['reward']:.0f}]"
+    tqdm.write(f"Completion  {' '.join(text.split())}")
+
+
+def stop_requests() -> list[int]:
+    """A list that gets the first Ctrl-C or SIGTERM, so that the step can finish; a second one
+    interrupts at once."""
+    requests: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        requests.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.default_int_handler)
+        tqdm.write("Stopping    after this step; once more to stop at once", sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return requests
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
     """The `Config` of a command line, of which every field is a flag, and whether to resume."""
     parser = argparse.ArgumentParser(description="BuPO: (paper) [default]", usage=argparse.SUPPRESS)
     for f in fields(Config):
-        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        kind: Any = dict(type=f.type, metavar=f.metadata.get("choices", ""))
-        if f.type is bool:
+        text = f"{f.metadata['meaning']} [{f.default}]".replace("%", "%%")  # as argparse wants it
+        kind: Any = dict(type=type(f.default), metavar="")
+        if isinstance(f.default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
+        name = "--" + f.name.replace("_", "-")
         parser.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
     parser.add_argument("--resume", metavar="", help="folder of a run; flags given change it")
     given = vars(parser.parse_args(arguments))
-    folder = given.pop("resume")
-    if folder is None:
+    run = given.pop("resume", None)
+    if run is None:
         return configure(**given), False
     if "out" in given or "model" in given:
         raise UsageError("--resume takes neither --out nor --model: a run keeps its own.")
-    return Config(**{**read_config(folder), **given, "out": folder}), True
+    return Config(**{**read_settings(run), **given, "out": run}), True
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -1454,34 +1607,26 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    STOP.update(asked=0, limit=1)
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(number, ask_to_stop)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace", line_buffering=True)
     config = None
     try:
         config, resume = parse(arguments)
         train(config, resume)
         return 0
     except KeyboardInterrupt:
-        code, said = 130, "stopped"
+        code, message = 130, "stopped"
     except (UsageError, OSError, RuntimeError, MemoryError) as error:
-        code, said = 2, str(error).rstrip(".")
+        code, message = 2, str(error).rstrip(".")
         if out_of_memory(error):
-            said = "out of memory; lower --rollout-rows or --micro-batch-tokens"
+            message = "out of memory; lower --rollout-rows or --micro-batch-tokens"
         elif isinstance(error, RuntimeError):
             raise  # a bug
-        elif isinstance(error, BrokenPipeError):  # Python would complain of it at its end
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    with contextlib.suppress(OSError):  # of a pipe or a terminal that is gone
-        if config and os.path.exists(config.out) and checkpoints(Path(config.out)):
-            said += f"; resume with --resume {config.out}" * ("--resume" not in said)
-        print(f"bupo.py: {said}.", file=sys.stderr)
+    run = config.out if config and "--resume" not in message else ""
+    if os.path.isdir(run) and checkpoints(Path(run)):
+        message += f"; resume with --resume {run}"
+    print(f"bupo.py: {message}.", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # type: ignore[union-attr]
     sys.exit(main())

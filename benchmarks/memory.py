@@ -10,7 +10,6 @@ out numbers of which there is one per token, and what only CUDA knows: its conte
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,49 +58,50 @@ def rollout(c: Any, rows: int, config: bupo.Config) -> int:
     return cache + max(reading, drawing)
 
 
-def update(c: Any, size: int, beside: bool, config: bupo.Config) -> int:
+def update(c: Any, size: int, beside: bool, micro_batch: int, config: bupo.Config) -> int:
     """Most bytes of `update` at l = L beside weights, masters and moments; at l < L it takes less.
     Each block's input is kept, and one block's activations at a time (gradient checkpointing)."""
     hidden, ffn, queries, keys, words = widths(c)
     length = config.max_prompt_tokens + config.max_new_tokens
-    rows = max(1, config.micro_batch_tokens // length)
+    rows = max(1, micro_batch // length)
     tokens, scored = rows * length, rows * config.max_new_tokens
     gradients = 4 * size * beside
     kept = 2 * tokens * hidden * c.num_hidden_layers
     head, states = 2 * words * hidden, 2 * scored * hidden
     chunk = min(bupo.HEAD_TOKENS, scored) * words
     log_softmax = 12 * chunk + head  # and the gradients on both its sides; the head's, so far
-    product = 3 * head + 4 * head * (beside and not c.tie_word_embeddings)  # so far, new, their sum
+    product = 3 * head  # the head's gradient so far, what is new, and their sum
     block = 2 * tokens * (4 * hidden + 3 * queries + 3 * keys + 6 * ffn)
     tied = head * c.tie_word_embeddings  # the head's gradient waits for that of the embeddings
-    end = 2 * tokens * hidden + head + tied + max(tied, 4 * words * hidden * beside)
+    end = 2 * tokens * hidden + head + 2 * tied
     return gradients + max(kept + states + max(log_softmax, product), kept + block + tied, end)
 
 
 def plan(name: str, card: int, config: bupo.Config) -> str:
-    """A line of the table: what bupo.py chooses on this card, and the flag that must be given."""
+    """A line of the table: what bupo.py chooses on this card, and what that needs."""
     c, total = qwen3(SHAPES[name], tied=name != "Qwen3-8B"), card * USABLE
     with torch.device("meta"):
-        size = transformers.Qwen3ForCausalLM(c).num_parameters()
+        weights = list(transformers.Qwen3ForCausalLM(c).parameters())
+    size = sum(weight.numel() for weight in weights)
     beside = 18 * size <= (total - CONTEXT) / 2  # as MasterAdamW decides
     always = (2 + 12 * beside) * size  # weights; masters and two moments
     free = total - CONTEXT - always
-    length, most = config.max_prompt_tokens + config.max_new_tokens, config.micro_batch_tokens
-    tries = [max(most >> i, min(most, length)) for i in range(9)]  # halves, down to one sequence
-    takes = {n: update(c, size, beside, replace(config, micro_batch_tokens=n)) for n in tries}
-    chosen = next((n for n in tries if takes[n] <= SPARE * free), None)
-    if not chosen:
-        least = (always + takes[tries[-1]] / SPARE + CONTEXT) / 1e9
-        return f"| {name} | {card} | does not fit: {least:.1f} GB are the least | | | | |"
     model = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=c)
+    adam = SimpleNamespace(state=set(weights))  # the moments are there
+    masters = torch.device("cuda" if beside else "cpu")
+    optimizer = SimpleNamespace(device=masters, masters=weights, adam=adam)
     with mock.patch.object(torch.cuda, "mem_get_info", return_value=(int(free), 0)):
+        tokens = bupo.micro_batch_tokens(model, optimizer, c.num_hidden_layers, config)
         rows = bupo.rollout_rows(model, config.max_prompt_tokens, config)
     rows = min(rows, config.prompts_per_step * config.group_size)
-    needs = (always + max(takes[chosen], rollout(c, rows, config))) / 1e9
-    flag = "none" if chosen == most else f"`--micro-batch-tokens {chosen}`"
+    takes = update(c, size, beside, tokens, config)
+    if takes > SPARE * free:
+        least = (always + takes / SPARE + CONTEXT) / 1e9
+        return f"| {name} | {card} | does not fit: {least:.1f} GB are the least | | | | |"
+    needs = (always + max(takes, rollout(c, rows, config))) / 1e9
     ram = (4 if beside else 16) * size / 1e9  # to load float32; masters, gradients, two moments
     where = "card" if beside else "CPU"
-    return f"| {name} | {card} | {where} | {rows} | {flag} | {needs:.1f} | {ram:.0f} |"
+    return f"| {name} | {card} | {where} | {rows} | {tokens:,} | {needs:.1f} | {ram:.0f} |"
 
 
 def measured(work: Callable[[], object]) -> int:
@@ -120,13 +120,13 @@ def check() -> None:
     bupo.check_model(model)
     optimizer = bupo.MasterAdamW(model, torch.device("cpu"), torch.bfloat16, "auto")
     size = dict(max_prompt_tokens=112, max_new_tokens=16, prompts_per_step=2, mini_batch=2)
-    config = bupo.Config("x/y", **size, micro_batch_tokens=1024)
+    config = bupo.Config("x/y", **size, micro_batch_tokens="1024")
     prompts = [[i // 8, *range(111)] for i in range(16)]
     rest = [(p, list(range(16))) for p in prompts], torch.tensor([1.0, -1.0] * 8), 2, 1e-6, config
     bupo.update(model, optimizer, *rest)  # makes the moments
     sampled = measured(lambda: bupo.sample(model, prompts, 16, set(), rows=16))
     updated = measured(lambda: bupo.update(model, optimizer, *rest))
-    counts = rollout(c, 16, config), update(c, model.num_parameters(), True, config)
+    counts = rollout(c, 16, config), update(c, model.num_parameters(), False, 1024, config)
     for name, got, count in zip(("rollout", "update"), (sampled, updated), counts, strict=True):
         print(f"{name}: {got / 1e6:.2f} MB, {count / got:.3f} counted")
 
@@ -135,7 +135,7 @@ def main() -> None:
     if "--check" in sys.argv:
         return check()
     config, _ = bupo.parse(["--model", "Qwen/Qwen3-1.7B", *sys.argv[1:]])
-    print("| model | card, GB | masters on | rows | flags to give | needs, GB | RAM, GB |")
+    print("| model | card, GB | masters on | rows | tokens | needs, GB | RAM, GB |")
     print(7 * "| --- " + "|")
     for name, card in itertools.product(SHAPES, CARDS):
         print(plan(name, card, config))

@@ -28,13 +28,15 @@ def plain_model(folder: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def authors_logps(model, ids: Tensor, mask: Tensor, layer: int, *rest: Any) -> tuple[Tensor, None]:
-    """log pi^l (N,) as in their code: all blocks, all hidden states, both full logit matrices."""
+def authors_logps(model, ids: Tensor, mask: Tensor, layer: int, *rest: Any) -> tuple[Tensor, ...]:
+    """log pi^l (N,) as in their code: all blocks, all hidden states, both full logit matrices.
+    `bupo.update` also logs entropies: zeros in their place cost nothing."""
     out = model(input_ids=ids, use_cache=False, output_hidden_states=True)
     internal = bupo.policy_logits(model, out.hidden_states[layer])  # (B, T, V)
     both = [logits.float() for logits in (out.logits, internal)]  # pi's go unused
     logps = both[1][:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]  # (B, T-1)
-    return logps[mask[:, 1:]], None
+    logps = logps[mask[:, 1:]]  # (N,)
+    return logps, torch.zeros_like(logps)
 
 
 def authors_update(model, optimizer, sequences, advantages, layer, lr, config) -> None:

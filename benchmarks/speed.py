@@ -1,17 +1,15 @@
 """How fast and how lean bupo.py is: ratios, each measured in one run, beside the least they can be.
 
     python benchmarks/speed.py --model FOLDER             # a real model, such as SmolLM2-135M
-    python benchmarks/speed.py --only growth --turns 1    # does it run? Nothing is written
+    python benchmarks/speed.py --only growth --turns 1    # does it run?
 
 What is compared works in turn, A B A B ..., so that a busy machine slows both; a line is the median
-of the turns and their range. Lines and values also go to results/speed-MACHINE-PARTS.json. On a
-GPU all of it computes in bfloat16, as bupo.py does.
+of the turns and their range. On a GPU all of it computes in bfloat16, as bupo.py does.
 """
 
 import argparse
 import gc
 import itertools
-import json
 import multiprocessing
 import random
 import re
@@ -19,12 +17,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from importlib import util
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import rivals  # which finds bupo.py
@@ -35,6 +31,7 @@ from rivals import DEVICE, DTYPE, GPU
 import bupo
 
 FOLDERS: list[tempfile.TemporaryDirectory] = []  # vanish with the process
+SUMS = str(Path(bupo.__file__).with_name("tiny") / "train.jsonl")
 SPAWN = multiprocessing.get_context("spawn")
 TQDM = bupo.tqdm  # whose bars, and what bupo.py tells by it, would break the table
 bupo.tqdm = mock.Mock(side_effect=lambda *given, **how: TQDM(*given, **how | dict(disable=True)))
@@ -82,9 +79,9 @@ class Turn:
             self.end()
 
 
-def measure(title: str, ways: dict[str, Callable[[Turn], None]], turns: int) -> list[dict]:
-    """Seconds and peak memory of each way in each turn, A B A B ..., after one that warms up; and
-    what they are divided by those of the first way, turn by turn. Printed, and returned."""
+def measure(title: str, ways: dict[str, Callable[[Turn], None]], turns: int) -> None:
+    """Print seconds and peak memory of each way in each turn, A B A B ..., after one that warms up;
+    and what they are divided by those of the first way, turn by turn."""
     pipes, told = {}, {name: [] for name in ways}
     for name, work in ways.items():
         pipes[name], theirs = SPAWN.Pipe()
@@ -102,57 +99,45 @@ def measure(title: str, ways: dict[str, Callable[[Turn], None]], turns: int) -> 
         pipe.close()
     for process in multiprocessing.active_children():
         process.join()
-    lines = []
     for i, (what, unit) in enumerate((("time", "s"), ("peak memory", "MiB"))):
         values = {name: [turn[i] for turn in found[1:]] for name, found in told.items()}
-        lines += [line(f"{title}: {name}, {what}", found, unit) for name, found in values.items()]
+        for name, found in values.items():
+            line(f"{title}: {name}, {what}", found, unit)
         for first, other in itertools.product(list(values)[:1], list(values)[1:]):
             ratios = [a / b for a, b in zip(values[other], values[first], strict=True)]
-            lines.append(line(f"{title}: {other} / {first}, {what}", ratios, "x"))
-    return lines
+            line(f"{title}: {other} / {first}, {what}", ratios, "x")
 
 
-def line(what: str, values: list[float], unit: str) -> dict[str, Any]:
-    """Print a line of the table, the median of the values and their range, and return it."""
+def line(what: str, values: list[float], unit: str) -> None:
+    """Print a line of the table: the median of the values and their range."""
     median, *ends = (f"{f(values):.3g}" for f in (statistics.median, min, max))
     print(f"{what:64}{median:>8} {unit:4}{'-'.join(ends) if len(values) > 1 else ''}", flush=True)
-    return dict(what=what, median=statistics.median(values), unit=unit, values=values)
 
 
 def small_qwen3(layers: int = 8, hidden: int = 256, vocabulary: int = 8192) -> str:
-    """The folder of a random Qwen3 with the built-in tokenizer, whose tokens are its first 102."""
+    """The folder of a random Qwen3 with the tokenizer of tiny/, whose tokens are its first 102."""
     size = dict(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers)
     size |= dict(num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64, head_dim=32)
     size |= dict(vocab_size=vocabulary, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)
     torch.manual_seed(0)
     FOLDERS.append(tempfile.TemporaryDirectory())
     config = transformers.Qwen3Config(**size, bos_token_id=None)
-    for part in (transformers.Qwen3ForCausalLM(config), bupo.tiny_model(0)[1]):
+    for part in (transformers.Qwen3ForCausalLM(config), bupo.load_model("tiny")[1]):
         part.save_pretrained(FOLDERS[-1].name)
     return FOLDERS[-1].name
-
-
-def machine() -> dict[str, Any]:
-    """Its name, and what runs on it."""
-    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    name = torch.cuda.get_device_name() if GPU else cpu[1] if cpu else "CPU"
-    versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    return dict(machine=name, threads=torch.get_num_threads(), dtype=str(DTYPE), **versions)
 
 
 def random_tokens(count: int, length: int) -> list[list[int]]:
     return torch.randint(2048, (count, length), generator=torch.Generator()).tolist()
 
 
-def step(args: argparse.Namespace, models: dict[str, str]) -> Iterator[dict]:
+def step(args: argparse.Namespace, models: dict[str, str]) -> None:
     """Plain GRPO in two mini-batches, groups of 4: bupo.py and TRL. A real model has half of the
     problems and of the tokens: on 2 cores a step of SmolLM2-135M takes long enough so."""
-    if not util.find_spec("trl"):
-        return print("step: skipped, since TRL is not installed (pip install trl)")
     for name, folder in models.items():
         _, tokenizer = bupo.load_model(folder)
-        source, half = ("arithmetic", 2) if name == "Qwen3" else (args.dataset, 1)
-        problems = bupo.load_problems(source, 100, "")
+        source, half = (SUMS, 2) if name == "Qwen3" else (args.dataset, 1)
+        problems = bupo.load_problems(source, 100)
         problems = [p for p in problems if len(bupo.encode(tokenizer, p)) <= 256]
         s = dict(model=folder, problems=[(p.messages, p.answer) for p in problems[: 2 * half]])
         s |= dict(prompts_per_step=2 * half, group_size=4, mini_batch=half, tokens=32 * half)
@@ -160,7 +145,7 @@ def step(args: argparse.Namespace, models: dict[str, str]) -> Iterator[dict]:
         ways = {"bupo": partial(rivals.bupo_steps, s=s)}
         for way in ("TRL", "TRL, continuous batching"):
             ways[way] = partial(rivals.trl_steps, s=s, continuous=way != "TRL")
-        yield from measure(f"{name}, step", ways, args.turns)
+        measure(f"{name}, step", ways, args.turns)
 
 
 def by_bupo(model: bupo.Model, prompts: list[list[int]], lengths: list[int]) -> list[int]:
@@ -180,8 +165,11 @@ def by_bupo(model: bupo.Model, prompts: list[list[int]], lengths: list[int]) -> 
 
 
 def sampling(turn: Turn, way: Callable, folder: str, prompts: list, lengths: list[int]) -> None:
-    ours = way is by_bupo  # the others get the model as transformers has it
-    model = bupo.load_model(folder, DEVICE, DTYPE)[0] if ours else rivals.plain_model(folder, DTYPE)
+    if way is by_bupo:
+        model, _ = bupo.load_model(folder)
+        bupo.MasterAdamW(model, DEVICE, DTYPE, "cpu")  # which moves and converts the model
+    else:  # the model as transformers has it
+        model = rivals.plain_model(folder, DTYPE)
 
     def work() -> None:
         if way(model, prompts, lengths) != lengths:
@@ -190,7 +178,7 @@ def sampling(turn: Turn, way: Callable, folder: str, prompts: list, lengths: lis
     turn.repeat(work)
 
 
-def rollouts(args: argparse.Namespace, models: dict[str, str]) -> Iterator[dict]:
+def rollouts(args: argparse.Namespace, models: dict[str, str]) -> None:
     """Completions of 8 to 80 tokens, 4 of each prompt, by each way to sample."""
     name, folder = list(models.items())[-1]
     _, tokenizer = bupo.load_model(folder)
@@ -203,7 +191,7 @@ def rollouts(args: argparse.Namespace, models: dict[str, str]) -> Iterator[dict]
         ways[f"generate, {cache} cache"] = partial(rivals.by_generate, cache=cache)
     given = dict(folder=folder, prompts=prompts, lengths=lengths)
     works = {said: partial(sampling, way=way, **given) for said, way in ways.items()}
-    yield from measure(f"{name}, rollouts", works, args.turns)
+    measure(f"{name}, rollouts", works, args.turns)
 
 
 def training(
@@ -213,7 +201,7 @@ def training(
     model, _ = bupo.load_model(folder)
     optimizer = bupo.MasterAdamW(model, DEVICE, DTYPE, "auto")
     size = dict(prompts_per_step=problems, group_size=2, mini_batch=problems // 2)
-    config = bupo.Config("x/y", gradient_checkpointing=False, micro_batch_tokens=4096, **size)
+    config = bupo.Config("x/y", gradient_checkpointing=False, micro_batch_tokens="4096", **size)
     layer, advantages = len(model.get_decoder().layers) // share, torch.tensor([1, -1.0] * problems)
     prompts = [p for p in random_tokens(problems, tokens) for _ in range(2)]
     completions = random_tokens(2 * problems, tokens)
@@ -235,18 +223,18 @@ def ceiling(folder: str) -> float:
     return (blocks + head) / (len(layers) // 5 / len(layers) * blocks + head)
 
 
-def phase1(args: argparse.Namespace, models: dict[str, str]) -> Iterator[dict]:
+def phase1(args: argparse.Namespace, models: dict[str, str]) -> None:
     """Against an update of pi^l at l = L/5: one of pi, and one of pi^l the authors' way."""
     for name, folder in (models | {"Qwen3": small_qwen3(15, 256, 151936)}).items():
         run = partial(training, folder=folder, problems=4, tokens=64, drawn=False)
         ways = {"L/5": partial(run, share=5, way=bupo.update)}
         ways["L"] = partial(run, share=1, way=bupo.update)
         ways["authors' L/5"] = partial(run, share=5, way=rivals.authors_update)
-        yield from measure(f"{name}, update at l", ways, args.turns)
-        yield line(f"{name}, update at l: L / L/5, counted, at most", [ceiling(folder)], "x")
+        measure(f"{name}, update at l", ways, args.turns)
+        line(f"{name}, update at l: L / L/5, counted, at most", [ceiling(folder)], "x")
 
 
-def growth(args: argparse.Namespace, models: dict[str, str]) -> Iterator[dict]:
+def growth(args: argparse.Namespace, models: dict[str, str]) -> None:
     """A rollout, at most 32 rows at once, and its update, with 1, 4 and 16 times the problems,
     tokens (of prompts and of completions) or layers; attention takes up to the square of tokens."""
     run = partial(training, share=1, way=bupo.update, drawn=True)
@@ -255,7 +243,7 @@ def growth(args: argparse.Namespace, models: dict[str, str]) -> Iterator[dict]:
         for n in (least, 4 * least, 16 * least):
             size = dict(problems=4, tokens=32, layers=2) | {axis: n}
             ways[str(n)] = partial(run, folder=small_qwen3(size.pop("layers"), 128, 2048), **size)
-        yield from measure(f"growth, {axis}", ways, args.turns)
+        measure(f"growth, {axis}", ways, args.turns)
 
 
 PARTS = dict(step=step, rollouts=rollouts, phase1=phase1, growth=growth)
@@ -265,17 +253,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed and memory; see the top of this file.")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--model", help="the folder of a real model, beside a small random Qwen3")
-    parser.add_argument("--dataset", default="arithmetic", help="problems for it")
-    parser.add_argument("--turns", type=int, default=6, help="of each way; fewer: nothing written")
-    args, about = parser.parse_args(), machine()
-    print(*(f"{name} {value}" for name, value in about.items()), sep=", ")
+    parser.add_argument("--dataset", default=SUMS, help="problems for it")
+    parser.add_argument("--turns", type=int, default=6, help="of each way")
+    args = parser.parse_args()
+    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    name = torch.cuda.get_device_name() if GPU else cpu[1] if cpu else "CPU"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{name}, {torch.get_num_threads()} threads, {DTYPE}, {versions}")
     models = {"Qwen3": small_qwen3()} | ({Path(args.model).name: args.model} if args.model else {})
-    lines = [row for part in args.only for row in PARTS[part](args, models)]
-    if args.turns >= 6:
-        name = re.sub(r"\W+", "-", about["machine"]).strip("-").lower()
-        out = Path(__file__).parent / "results" / f"speed-{name}-{'-'.join(args.only)}.json"
-        out.write_text(json.dumps(dict(**about, models=list(models), lines=lines), indent=1) + "\n")
-        print(f"Written to {out}")
+    for part in args.only:
+        PARTS[part](args, models)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python -m pytest -q scale/test_scale.py
 """
 
 import functools
+import json
 import os
 import random
 import subprocess
@@ -38,7 +39,7 @@ CASES = [  # norm, tied embeddings, rollouts: the first is phase 1, the second p
 
 
 def small_model(tied: bool = True):
-    """The built-in Qwen3 of 6 blocks, always with the same random weights, and its tokenizer."""
+    """The Qwen3 of tiny/, 6 blocks, always with the same random weights, and its tokenizer."""
     model, tokenizer = bupo.load_model("tiny")
     model.config.tie_word_embeddings = tied
     torch.manual_seed(0)
@@ -96,7 +97,7 @@ def trainer_of(folder, norm="final", tied=True, rollouts=1, decay=0.0, **more):
     args.weight_decay = args.weight_decay and decay  # BuPOConfig has made it 0 under ZeRO-3
     args.save_strategy = transformers.trainer_utils.SaveStrategy.NO
     rows = Dataset.from_list([dict(prompt=ids) for ids in token_lists("prompts", PROMPTS, 9)])
-    return Fixed(model, reward, args, rows, processing_class=tokenizer), config
+    return Fixed(model, reward, args, rows, tokenizer), config
 
 
 def recorded(model, work, monkeypatch) -> list[tuple[float, dict]]:
@@ -167,6 +168,31 @@ def test_settings_reach_trl(tmp_path):
     assert (args.lr_scheduler_type, args.warmup_steps, args.num_iterations) == ("constant", 0, 1)
 
 
+def test_a_run_from_end_to_end(tmp_path, monkeypatch):
+    """A completion ends where the template ends a turn, here at <unk>, which neither the generation
+    config nor the tokenizer calls an end. A checkpoint resumes, loads, and brings its settings."""
+    model, tokenizer = small_model()
+    closed = "{% if m.role == 'assistant' %}<unk>{% endif %}{% endfor %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{% endfor %}", closed)
+    end, run = tokenizer.unk_token_id, tmp_path / "run"
+    assert end not in (model.generation_config.eos_token_id, tokenizer.eos_token_id)
+    says_end = torch.nn.functional.one_hot(torch.tensor(end), len(tokenizer)) * 1000.0
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + says_end)
+
+    start = f"--internal-layer 3 --device cpu --prompts-per-step 4 --mini-batch 4 --out {run}"
+    with monkeypatch.context() as patch:
+        patch.setattr(bupo, "load_model", lambda name: (model, tokenizer))
+        assert trl_bupo.main(f"{start} --steps 1".split()) == 0
+        assert trl_bupo.main(f"--resume {run} --steps 2".split()) == 0
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    found = [(h["layer"], h["completions/mean_length"]) for h in history if "layer" in h]
+    assert found == [(3, 1), (3, 1)]
+    assert [folder.name for folder in bupo.checkpoints(run)] == ["checkpoint-1", "checkpoint-2"]
+    bupo.load_model(str(run / "checkpoint-2"))
+    config = bupo.configure(str(run / "checkpoint-2"), steps=0)
+    assert (config.system, config.max_new_tokens, config.eval_problems) == ("", 40, 256)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -174,18 +200,18 @@ def test_settings_reach_trl(tmp_path):
             "--internal-layer 3 --micro-batch 7",
             "--micro-batch 7 times the number of processes, 1, must divide",
         ),
-        ("--internal-layer 3 --device cuda:1", "--device must be auto or cpu, not cuda:1"),
+        ("--internal-layer 3 --device cuda", "--device must be auto or cpu, not cuda"),
         ("--internal-layer auto", "--internal-layer must be a number here"),
-        ("--resume {out}", "There is no run in"),
-        ("--internal-layer 9 --dataset arithmetic", "1 to 6"),
-        ("--max-new-tokens 600", "--max-new-tokens must be at most 512"),
+        ("--resume {out}", "{out} has no settings.json"),
+        ("--internal-layer 9", "1 to 6"),
+        ("--internal-layer 3 --max-new-tokens 600", "512"),
     ],
 )
 def test_bad_input_gets_one_sentence(tmp_path, capsys, flags, sentence):
     run = ["--model", "tiny", "--out", str(tmp_path / "run")]
     assert trl_bupo.main([*run, *flags.format(out=tmp_path).split()]) == 2
     said = capsys.readouterr().err
-    assert sentence in said
+    assert sentence.format(out=tmp_path) in said
     assert said.count("\n") == 1
 
 

@@ -3,9 +3,9 @@
     accelerate launch --config_file scale/fsdp.yaml scale/trl_bupo.py --model Qwen/Qwen3-8B \
         --internal-layer 6 --out runs/x
 
-Three things change in GRPOTrainer: the layer whose policy is scored, the advantage, and the
-denominator of the loss. All else is configuration: the defaults of `BuPOConfig`, and
-`trainer_config`, which says our settings in TRL's words.
+Four things change in GRPOTrainer: the layer whose policy is scored, the advantage, the denominator
+of the loss, and the tokens that end a completion. All else is configuration: the defaults of
+`BuPOConfig`, and `trainer_config`, which says our settings in TRL's words.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -24,6 +24,7 @@ from bupo import Config, UsageError, encode, group_advantages, math_reward, opti
 
 try:
     import torch
+    import transformers
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 except ImportError as error:
@@ -57,8 +58,12 @@ class BuPOTrainer(GRPOTrainer):
     Prompts are token ids. For training only: it has no evaluation.
     """
 
-    def __init__(self, *args, **settings):
-        super().__init__(*args, **settings)
+    def __init__(self, model, reward, args, data, tokenizer):
+        ends = sorted(bupo.end_tokens(model, tokenizer))  # TRL alone would not know all of them
+        model.generation_config.eos_token_id = ends
+        if args.use_vllm:  # which ends where the files of the model say, and at these
+            args.generation_kwargs = dict(stop_token_ids=ends)
+        super().__init__(model, reward, args, data, processing_class=tokenizer)
         blocks = self.accelerator.unwrap_model(self.model).get_decoder().layers
         self.layer = self.num_layers = len(blocks)
 
@@ -139,10 +144,8 @@ def micro_batches(config: Config, size: int, processes: int) -> int:
 
 def trainer_config(config: Config, size: int, processes: int, vllm: str = "off") -> BuPOConfig:
     """bupo.py's settings in TRL's words; a step of ours is a rollout, TRL's is an update."""
-    count, updates = (
-        micro_batches(config, size, processes),
-        config.prompts_per_step // config.mini_batch,
-    )
+    count = micro_batches(config, size, processes)
+    updates = config.prompts_per_step // config.mini_batch
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     return BuPOConfig(
         internal_layer=int(config.internal_layer) if config.internal_steps else 1,
@@ -174,7 +177,8 @@ def trainer_config(config: Config, size: int, processes: int, vllm: str = "off")
 
 
 def train(config: Config, size: int, vllm: str, resume: bool) -> None:
-    """Train as `config` says; --out gets TRL's checkpoints and trainer_state.json, and model/."""
+    """Train as `config` says; --out gets settings.json, TRL's checkpoints and trainer_state.json.
+    The last checkpoint is the model."""
     processes, out = int(os.environ.get("WORLD_SIZE", 1)), Path(config.out)
     micro_batches(config, size, processes)  # before anything slow
     if not config.out:
@@ -183,20 +187,17 @@ def train(config: Config, size: int, vllm: str, resume: bool) -> None:
         fix = "each process gets its own GPU"
         raise UsageError(f"--device must be auto or cpu, not {config.device}: {fix}.")
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in bupo.py
-    if not resume:
-        bupo.run_folder(config, False)
-    elif not bupo.checkpoints(out):
-        raise UsageError(f"There is no checkpoint in {out}; start anew with --out.")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    bupo.run_folder(config, resume)
     # Before TrainingArguments, under which ZeRO-3 would load parts.
-    model, tokenizer = bupo.load_model(config.model, seed=config.seed)
+    model, tokenizer = bupo.load_model(config.model)
     own_norms(model)
-    _, problems = bupo.usable_problems(config, model, tokenizer)
+    _, problems = bupo.usable_problems(replace(config, eval_problems=0), model, tokenizer)
     if len(problems) < config.prompts_per_step:
         found = f"{config.dataset} has {len(problems)} usable problems"
         raise UsageError(f"{found}; lower --prompts-per-step, {config.prompts_per_step}.")
     rows = [dict(prompt=encode(tokenizer, p), answer=p.answer) for p in problems]
-    if config.model == "tiny" and not resume:
-        bupo.pretrain(model, tokenizer, config.pretrain_steps, config.seed)
 
     def reward(completion_ids, answer, **_):
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
@@ -204,12 +205,11 @@ def train(config: Config, size: int, vllm: str, resume: bool) -> None:
 
     args = trainer_config(config, size, processes, vllm)
     data = Dataset.from_list(rows)
-    trainer = BuPOTrainer(model, reward, args, data, processing_class=tokenizer)
+    trainer = BuPOTrainer(model, reward, args, data, tokenizer)
     if trainer.is_world_process_zero():
-        bupo.write_config(out, config, resume)
+        bupo.write_settings(out, config, resume)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_state()
-    trainer.save_model(str(out / "model"))
     trainer.accelerator.end_training()  # the processes part in good order
 
 
@@ -221,10 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence for what the user can fix."""
     parser = argparse.ArgumentParser(description="BuPO on several GPUs: bupo.py's flags, 3 more.")
     for f in (f for f in fields(Config) if f.name not in NOT_HERE.split()):
-        kind = dict(type=f.type, metavar="")
-        if f.type is bool:
+        kind = dict(type=type(f.default), metavar="")
+        if isinstance(f.default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
-        text = f.metadata["help"]
+        text = f"{f.metadata['meaning']} [{f.default}]".replace("%", "%%")  # as argparse wants it
         name = "--" + f.name.replace("_", "-")
         parser.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
     text = "sequences per process and pass [8]"
@@ -233,16 +233,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vllm", choices=engines, default="off", help="vLLM's rollouts [off]")
     text = "folder of a run; flags given change it; --micro-batch and --vllm again"
     parser.add_argument("--resume", metavar="", help=text)
-    given = dict(vars(parser.parse_args(arguments)), eval_problems=0)
+    given = vars(parser.parse_args(arguments))
     size, vllm, folder = given.pop("micro_batch"), given.pop("vllm"), given.pop("resume")
     first = os.environ.get("RANK", "0") == "0"  # the process that speaks for all
+    transformers.logging.disable_progress_bar()
     try:
         with contextlib.ExitStack() as stack:
             if not first:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             if folder:
-                config = Config(**{**bupo.read_config(folder), **given, "out": folder})
+                config = Config(**{**bupo.read_settings(folder), **given, "out": folder})
             else:
                 config = bupo.configure(**given)
             train(config, size, vllm, bool(folder))
