@@ -2,13 +2,14 @@ r"""The exercises: blanks for a class, variants to run, and a proof that tests n
 
 python exercises/check.py                            # proves all; exit code 1 if a mistake passes
 python exercises/check.py --blank pass_at_k --out handout/bupo.py       # this function left to do
-python exercises/check.py --variant clip-higher --out handout/clip.py   # a variant, 11 to 13
+python exercises/check.py --variant clip-higher --out handout/clip.py   # a variant, 11 to 15
 """
 
 import argparse
 import ast
 import io
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -24,25 +25,36 @@ BODY = ""  # as the old text of a wrong answer: all that follows the docstring
 TOP = "len(model.get_decoder().layers)"
 FULL = "return model(ids, output_hidden_states=True).hidden_states[layer]"
 NORMED = "model.get_decoder().norm(hidden) if norm else hidden"
+PLACES = "torch.arange(ids.shape[1])[None]"
 EMBEDDINGS = "model.get_input_embeddings().weight"
 CHOSEN = "ids, mask, layer"
 TOKENS = "sum(len(completion) for _, completion in sequences)"
+BEFORE = "[:, :-1][mask[:, 1:]]"
+CHANGE = f"""change[i] += total_entropy(ffn{BEFORE})
+            change[i] -= total_entropy(ffn_input{BEFORE})"""
 LARGEST = "tolerance * max(0.0, *ffn_entropy_change)"
 LAST = f"max((i for i, c in enumerate(ffn_entropy_change) if c > {LARGEST}), default=-1) + 1"
 STD = "rewards.std(-1, keepdim=True)"
 MEAN = "rewards.mean(-1, keepdim=True)"
 BOTH = "ratio.clamp(1 - clip, 1 + clip)"
 WEIGHT = "weights[micro]"
-RULE = r"return re.findall(r'\\(?:boxed|fbox)\s*{%s}', text)"
+ZEROS = "self.adam.zero_grad(set_to_none=False)"
+SWAPPED = "dict(token='sequence', sequence='token')[config.loss_average]"
+# a solution of find_boxes, in which mistakes are made:
+INSIDE = r"(?:[^{}\\]|\\(?!boxed|fbox).|\{(?:[^{}\\]|\\.)*\})*"
+NUMBER = r"|(-?[\d.]*\d)"
+RULE = rf"""found = re.findall(r"\\(?:boxed|fbox)\s*(?:\{{({INSIDE})\}}{NUMBER})", text, re.DOTALL)
+    return [inside for box in found if (inside := "".join(box).strip())]"""
+NESTED = r"(?:(?!\\boxed|\\fbox)[^{}]|\{[^{}]*\})*"
 
 # function: (its tests, for `pytest -k`, [(a mistake, text of the function, what the mistake puts
 # in its place)]); a text that the function does not hold exactly once is an error
 EXERCISES = {
     "internal_hidden": (
-        "top_layer or lower_layer_has or only_the_blocks or teacher_forced",
+        "top_layer or teacher_forced",
         [
-            ("positions of the cache ignored", "cache.position if cache else ", ""),
-            ("mask of the cache ignored", "cache.mask if cache else ", ""),
+            ("positions of the cache ignored", "cache.position, ", f"{PLACES}, "),
+            ("mask of the cache ignored", ", cache.mask", ", None"),
             ("one layer too low", "layers[:layer]", "layers[: max(0, layer - 1)]"),
             ("final norm applied", "return hidden", "return model.get_decoder().norm(hidden)"),
             ("hidden_states[l], at L normed", BODY, FULL),
@@ -62,17 +74,17 @@ EXERCISES = {
     "ffn_entropy_change": (
         "ffn_entropy_change_equals",
         [
-            ("at the token, not before it", "tensor[:, :-1][mask[:, 1:]]", "tensor[mask]"),
-            ("prompts and padding counted", "tensor[:, :-1][mask[:, 1:]]", "tensor.flatten(0, 1)"),
+            ("at the token, not before it", CHANGE, CHANGE.replace(BEFORE, "[mask]")),
+            ("prompts and padding counted", CHANGE, CHANGE.replace(BEFORE, ".flatten(0, 1)")),
             ("final norm applied", "norm=False", "norm=True"),
-            ("what it writes normed", "(1, after)", "(1, model.get_decoder().norm(after))"),
-            ("what it reads normed", "(-1, before)", "(-1, model.get_decoder().norm(before))"),
-            ("what attention reads", "(*_, before, after)", "(_, before, *_, after)"),
-            ("in bits", "logps).sum())", "logps).sum()) / math.log(2)"),
-            ("chunks weigh the same", "logps).sum())", "logps).sum(-1).mean())"),
+            ("what it writes normed", "(ffn[", "(model.get_decoder().norm(ffn)["),
+            ("what it reads normed", "(ffn_input[", "(model.get_decoder().norm(ffn_input)["),
+            ("what attention reads", "(_, _, _, ffn_input, ffn)", "(_, ffn_input, _, _, ffn)"),
+            ("in bits", "sum()) for", "sum()) / math.log(2) for"),
+            ("chunks weigh the same", "sum()) for", "mean()) for"),
             ("per completion, not per token", TOKENS, "len(sequences)"),
             ("a layer too low", "change[i] -=", "change[i - 1] -="),
-            ("the wrong way round", "-= sign *", "+= sign *"),
+            ("the wrong way round", "total / count", "-total / count"),
         ],
     ),
     "boundary_layer": (
@@ -82,13 +94,14 @@ EXERCISES = {
             ("the layer after", "return layer", "return layer + 1"),
             ("any positive change explores", LARGEST, "0.0"),
             ("tolerance in nats", LARGEST, "tolerance"),
-            ("region must begin at layer 1", "change > threshold >=", "threshold >="),
+            ("region must begin at layer 1", "explores.index(True) + 1", "0"),
+            ("without a region: 0", "return len(explores)", "return 0"),
             ("last exploring layer of all", BODY, f"return {LAST} or len(ffn_entropy_change)"),
             ("a change of 0 explores", "> threshold", ">= threshold"),
         ],
     ),
     "group_advantages": (
-        "group_advantages",
+        "group_advantages_by",
         [
             ("biased std", STD, "rewards.std(-1, correction=0, keepdim=True)"),
             ("mean over all problems", MEAN, "rewards.mean()"),
@@ -137,58 +150,98 @@ EXERCISES = {
         ],
     ),
     "find_boxes": (
-        "find_boxes or last_box",
+        "find_boxes",
         [
-            ("no braces inside", BODY, RULE % "([^{}]*)"),
-            ("up to the last brace", BODY, RULE % "(.*)"),
-            ("escaped braces counted", "{GROUP}", r"\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}"),
-            ("a number without braces ignored", r"|-?[\d.]*\d", ""),
-            (r"\fbox ignored", "(?:boxed|fbox)", "boxed"),
-            ("spaces kept", ".strip()", ""),
-            ("braces kept", "box[1:-1]", "box"),
+            ("no braces inside", BODY, RULE.replace(INSIDE, "[^{}]*")),
+            ("up to the last brace", BODY, RULE.replace(INSIDE, ".*")),
+            ("escaped braces counted", BODY, RULE.replace(INSIDE, NESTED)),
+            ("a number without braces ignored", BODY, RULE.replace(NUMBER, "")),
+            (r"\fbox ignored", BODY, RULE.replace(r"(?:boxed|fbox)\s", r"boxed\s")),
+            ("spaces kept", BODY, RULE.replace(".strip()", "")),
+            ("braces kept", BODY, RULE.replace(rf"\{{({INSIDE})\}}", rf"(\{{{INSIDE}\}})")),
         ],
     ),
-    "extract_boxed": ("find_boxes or last_box", [("first box", "reversed(", "iter(")]),
+    "extract_boxed": (
+        "find_boxes",
+        [("first box", BODY, "return next(iter(find_boxes(text)), None)")],
+    ),
     "update": (
-        "gradient_of_the_formula or second_mini_batch or phase_1_moves or without_advantage",
+        "gradient_of_the_formula or second_mini_batch or phase_1_moves",
         [
             ("rho always 1", "(logps, old_logps, a", "(logps, logps.detach(), a"),
-            ("rho is 1 in each mini-batch", "plan[1:]", "plan[:0]"),
-            ("objective descended", "(-(weight * surrogate)", "((weight * surrogate)"),
+            ("rho is 1 in each mini-batch", "old[n][m]", "logps.detach(), None"),
+            ("objective descended", "loss = -(weight", "loss = (weight"),
             ("phase 1 optimizes pi", CHOSEN, f"ids, mask, {TOP}"),
             ("phase 2 optimizes pi^2", CHOSEN, "ids, mask, 2"),
             ("tokens of the micro-batch", WEIGHT, "(1 / lengths[micro].sum()).repeat(len(micro))"),
             ("completions of the micro-batch", WEIGHT, f"({WEIGHT} * size / len(micro))"),
-            ("zero advantages not counted", "lengths.view(", "(lengths * (advantages != 0)).view("),
-            ("a mini-batch of completions", "mini_batch * config.group_size", "mini_batch"),
-            ("averages the wrong way round", '== "token"', '== "sequence"'),
-            ("advantages of the first ones", "(weight)[micro]", "(weight)[: len(micro)]"),
+            ("zero advantages not counted", "(lengths, size", "(lengths * (advantages != 0), size"),
+            ("a rollout is one mini-batch", "config.mini_batch *", "config.prompts_per_step *"),
+            ("averages the wrong way round", "config.loss_average", SWAPPED),
+            ("advantages of the first ones", "advantages[micro]", "advantages[: len(micro)]"),
         ],
     ),
     "MasterAdamW.step": (
-        "one_of_adamw or follow_float32_masters or phase_1_moves or gradient_that_is_not_finite",
+        "one_of_adamw or follow_float32_masters or phase_1_moves or update_that_fails",
         [
-            ("gradients to 0, not to None", "zero_grad()", "zero_grad(set_to_none=False)"),
-            ("gradients kept", "self.adam.zero_grad()", "pass"),
+            ("gradients to 0, not to None", "self.zero_grad()", ZEROS),
+            ("gradients kept", "self.zero_grad()", "pass"),
             ("not clipped", "(self.masters, GRAD_CLIP)", "(self.masters, math.inf)"),
             ("norm after clipping", "return norm", "return min(norm, GRAD_CLIP)"),
-            ("steps with what is not finite", "if math.isfinite(norm)", "if True"),
+            ("steps with what is not finite", "if not math.isfinite(norm)", "if False"),
             ("AdamW's own learning rate", '["lr"] = lr', '["lr"]'),
             ("weights stay as they were", "weight.copy_(master)", "pass"),
         ],
     ),
 }
 
-# exercises 11 to 13: [(function, its text, what the variant puts in its place)]
-ADAM = "self.adam = torch.optim.AdamW(self.masters, fused=True)"
-UPPER = "{id(w) for block in model.get_decoder().layers[3:] for w in block.parameters()}"
+# exercises 11 to 15: [(function, or FILE; its text; what the variant puts in its place)]; LAYER and
+# BETA stand for numbers
+FILE = ""  # the text stands once in the whole file
+ADAM = "self.adam = torch.optim.AdamW(self.masters, **recipe, fused=True)"
+UPPER = "{id(w) for block in model.get_decoder().layers[LAYER:] for w in block.parameters()}"
 GROUPS = f"""upper = {UPPER}
         rates = [0.1 if id(w) in upper else 1 for w in self.weights]
         pairs = zip(self.masters, rates, strict=True)
         groups = [dict(params=[m], rate=r) for m, r in pairs]
-        self.adam = torch.optim.AdamW(groups, fused=True)"""
+        self.adam = torch.optim.AdamW(groups, **recipe, fused=True)"""
 EACH = """for group in self.adam.param_groups:
-                group["lr"] = lr * group["rate"]"""
+            group["lr"] = lr * group["rate"]"""
+FREEZE = """model.to(device)
+        model.requires_grad_(False)  # embeddings, norm and lm_head, too
+        model.get_decoder().layers[LAYER - 1].requires_grad_(True)"""
+SCORE = "logps, entropies = score(micro, internal and n == 0)  # (N,) each"
+KEEP = f"""with keep_states(model, LAYER, {TOP}) as states:
+                {SCORE}"""
+LOSS = "loss = -(weight * surrogate).sum()"
+PULL = """_, mask = pad([sequences[i] for i in micro], model.device)  # (B, T)
+            pull = advantage * divergence(model, *states, mask, config)  # (N,)
+            loss = -(weight * (surrogate - BETA * pull)).sum()"""
+ALIGN = '''@contextlib.contextmanager
+def keep_states(model: Model, *layers: int) -> Iterator[list[Tensor]]:
+    """A list that gets H^l (B, T, D) of these layers from the forward pass inside."""
+    states: list[Tensor] = []
+    blocks = [model.get_decoder().layers[layer - 1] for layer in layers]
+    hooks = [b.register_forward_hook(lambda *seen: states.append(seen[-1])) for b in blocks]
+    yield states
+    for hook in hooks:
+        hook.remove()
+
+
+def divergence(model: Model, low: Tensor, top: Tensor, mask: Tensor, config: Config) -> Tensor:
+    """The Jensen-Shannon divergence (N,) of pi^l and pi, from H^l and H^L (B, T, D), at each
+    completion token, in nats. pi is the teacher: it gets no gradient."""
+    norms = config.internal_norm == "final", True
+    states = [hidden[:, :-1][mask[:, 1:]] for hidden in (low, top)]  # (N, D) each
+    logits = [policy_logits(model, *pair).float() for pair in zip(states, norms, strict=True)]
+    student, teacher = ((x / config.temperature).log_softmax(-1) for x in logits)  # (N, V) each
+    teacher = teacher.detach()
+    middle = torch.logaddexp(student, teacher) - math.log(2)  # (N, V), of their mean
+    return sum((p.exp() * (p - middle)).sum(-1) for p in (student, teacher)) / 2
+
+
+def update(
+'''
 VARIANTS = {
     "clip-higher": [("clipped_surrogate", "1 + clip", "1 + 1.4 * clip")],
     "no-std": [("group_advantages", f"centered / ({STD} + 1e-6)", "centered")],
@@ -196,6 +249,8 @@ VARIANTS = {
         ("MasterAdamW.__init__", ADAM, GROUPS),
         ("MasterAdamW.step", 'self.adam.param_groups[0]["lr"] = lr', EACH),
     ],
+    "one-block": [("MasterAdamW.__init__", "model.to(device)", FREEZE)],
+    "align": [(FILE, "def update(\n", ALIGN), ("update", SCORE, KEEP), ("update", LOSS, PULL)],
 }
 
 
@@ -228,21 +283,27 @@ def blank(source: str, name: str) -> str:
 
 
 def changed(source: str, name: str, old: str, new: str) -> str:
-    """`source` with one text of a function replaced, or (BODY) all that follows its docstring."""
+    """`source` with one text of a function (or of FILE, all) replaced, or (BODY) all that follows
+    its docstring."""
 
     def change(body: str, indentation: str) -> str:
         if old == BODY:
             return f"{indentation}{new}\n"
         if body.count(old) != 1:
-            refuse(f"{name} holds {old!r} {body.count(old)} times, not once; adapt check.py to it.")
+            where = name or "bupo.py"
+            refuse(
+                f"{where} holds {old!r} {body.count(old)} times, not once; adapt check.py to it."
+            )
         return body.replace(old, new)
 
-    return with_body(source, name, change)
+    return with_body(source, name, change) if name else change(source, "")
 
 
-def variant(name: str) -> str:
+def variant(name: str, layer: int = 4, beta: float = 1.0) -> str:
+    """bupo.py with a variant's changes, for layer l or block k = `layer`, and this weight beta."""
     source = (HOME / "bupo.py").read_text(encoding="utf-8")
     for function, old, new in VARIANTS[name]:
+        new = re.sub("LAYER|BETA", lambda m: str(dict(LAYER=layer, BETA=beta)[m[0]]), new)
         source = changed(source, function, old, new)
     return source
 
@@ -252,11 +313,11 @@ def failed_tests(folder: Path, source: str, tests: str) -> str:
     import pytest  # in this process, again and again: to start one takes longer than the tests
 
     (folder / "bupo.py").write_text(source, encoding="utf-8")
-    for module in ("bupo", "analyze", "test_bupo"):
+    for module in ("bupo", "test_bupo"):
         sys.modules.pop(module, None)
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings():
-        flags = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
+        flags = ["-x", "-q", "--tb=line", "--assert=plain", "-p", "no:cacheprovider"]
         code = pytest.main([*flags, str(folder / "test_bupo.py"), "-k", tests])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         refuse(f"pytest -k {tests!r} did not run ({code!r}); try it by hand.")
@@ -298,7 +359,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Hand out the exercises, or prove their tests.")
     names = f"of: {', '.join(EXERCISES)}"
     parser.add_argument("--blank", nargs="+", metavar="NAME", default=[], help=names)
-    parser.add_argument("--variant", choices=VARIANTS, help="a bupo.py of exercises 11 to 13")
+    parser.add_argument("--variant", choices=VARIANTS, help="a bupo.py of exercises 11 to 15")
+    parser.add_argument("--layer", type=int, default=4, help="l or block k of 13 to 15 [4]")
+    parser.add_argument("--beta", type=float, default=1.0, help="weight of `align` [1]")
     parser.add_argument("--out", type=Path, help="the file to write; default: the screen")
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(EXERCISES), help=names)
     options = parser.parse_args()
@@ -309,13 +372,14 @@ def main() -> int:
     for name in options.blank:
         source = blank(source, name)
     if options.variant or options.blank:
-        hand_out(variant(options.variant) if options.variant else source, options.out)
+        if options.variant:
+            source = variant(options.variant, options.layer, options.beta)
+        hand_out(source, options.out)
         return 0
     began = time.perf_counter()
     sys.dont_write_bytecode = True  # wrong answers of one length within a second share a .pyc
     with tempfile.TemporaryDirectory() as folder:
-        for file in ("test_bupo.py", "analyze.py"):
-            shutil.copy(HOME / file, folder)
+        shutil.copy(HOME / "test_bupo.py", folder)
         sys.path.insert(0, folder)
         good = [prove(source, name, Path(folder)) for name in options.only]
     mistakes = f"{sum(len(EXERCISES[name][1]) for name in options.only)} wrong answers"
