@@ -83,9 +83,9 @@ Equation and table numbers are those of the paper's version 3. The map:
      8 Evaluation               lines 760-785   evaluate
     The storeroom, from line 788 on: you may stop there.
      9 Reward                   lines 794-1006  math_reward
-    10 Problems                 lines 1009-1140  load_problems
-    11 Model                    lines 1143-1369  load_model, check_model, encode
-    12 Files and command line   lines 1372-1632  main
+    10 Problems                 lines 1009-1141  load_problems
+    11 Model                    lines 1144-1370  load_model, check_model, encode
+    12 Files and command line   lines 1373-1633  main
 """
 
 from __future__ import annotations
@@ -1107,9 +1107,10 @@ def find_messages(question: Any, system: str) -> list[dict]:
     """A question, text or chat messages, as chat messages, system message first."""
     if isinstance(question, str):
         question = [dict(role="user", content=question)]
-    if isinstance(question, dict):  # of lists, as `datasets` stores a Sequence of messages
-        question = [dict(zip(question, m, strict=True)) for m in zip(*question.values())]  # noqa: B905
-    with contextlib.suppress(LookupError, TypeError, AttributeError):  # if it is anything else
+    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # not these
+        if isinstance(question, dict):  # of lists, as `datasets` stores a Sequence of messages
+            pairs = zip(question["role"], question["content"], strict=True)
+            question = [dict(role=role, content=content) for role, content in pairs]
         messages = [dict(role=m["role"], content=m["content"]) for m in question]
         while messages[-1]["role"] == "assistant":  # it may hold the answer
             messages.pop()
