@@ -587,8 +587,7 @@ def sample(
             c.entropies.append(nats)
             c.ended = token in end_ids
 
-        # Those that have ended leave. The others stay rows 0..n-1: the last one moves into the
-        # first gap, and so on. Rows A B C D, of which B ends, become A D C.
+        # Those that have ended leave, and the last rows fill the gaps: A B C D without B is A D C.
         going = [not c.ended and len(c.ids) < max_new_tokens for c in running]
         n = sum(going)
         gaps = [row for row in range(n) if not going[row]]
@@ -602,9 +601,10 @@ def sample(
 
         # The others read the token that they have drawn.
         if running:
-            newest = [(c.ids[-1], len(c.prompt) + len(c.ids) - 1) for c in running]
-            ids, position = torch.tensor(newest, device=model.device).split(1, 1)  # (n, 1) each
-            cache.begin_tokens(position, max(place for _, place in newest))
+            newest = [c.ids[-1] for c in running]
+            places = [len(c.prompt) + len(c.ids) - 1 for c in running]
+            ids, position = torch.tensor([newest, places], device=model.device)[..., None]  # (n, 1)
+            cache.begin_tokens(position, max(places))
             hidden = internal_hidden(model, ids, num_layers, cache)[:, 0]  # (n, D)
     progress.close()
     return completions
