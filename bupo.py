@@ -11,30 +11,29 @@ A language model is a stack of blocks. BuPO reads it at two heights:
                                      |
                                      +-------> norm -> E_u -> softmax = pi^l
 
-    Phase 1 trains pi^l: E, blocks 1..l, norm and E_u move, the blocks above l do not. (The norm
-    belongs to pi^l by default; `--internal-norm none` leaves it out.)
+    Phase 1 trains pi^l: E, blocks 1..l, norm and E_u move, the blocks above l do not.
     Phase 2 trains pi: everything moves. In both phases, pi writes the text.
 
-The idea, in eight steps:
+The idea, in seven steps:
 
  1. Each block adds what its attention and its FFN compute to the residual stream. H^l is this
     stream after block l of L, and the model's policy is pi = softmax(E_u norm(H^L)), where E_u is
     the unembedding (`lm_head`).
  2. Send the H^l of a lower block through the same norm and E_u, and it answers, too: a logit lens.
- 3. BuPO calls this answer a policy, the internal layer policy pi^l = softmax(E_u norm(H^l)).
- 4. GRPO (group relative policy optimization) samples G completions of a problem from pi. Those
+    BuPO calls this the internal layer policy, pi^l = softmax(E_u norm(H^l)).
+ 3. GRPO (group relative policy optimization) samples G completions of a problem from pi. Those
     whose boxed answer is right get the reward 1, the others 0.
- 5. The advantage A of a completion is its reward, normalized within its group of G.
- 6. GRPO makes tokens with A > 0 likelier under pi and those with A < 0 less likely, clipped so that
+ 4. The advantage A of a completion is its reward, normalized within its group of G.
+ 5. GRPO makes tokens with A > 0 likelier under pi and those with A < 0 less likely, clipped so that
     no update goes far. There is no KL term, no reference model and no value network.
- 7. BuPO does this to pi^l of one low layer l, for the first `internal_steps` steps (phase 1), and
+ 6. BuPO does this to pi^l of one low layer l, for the first `internal_steps` steps (phase 1), and
     then to pi (phase 2). So GRPO is BuPO with l = L.
- 8. The reason that the paper gives: low layers explore (their FFNs raise the entropy), high layers
-    converge, and rewarding a low policy makes its layers find early what the reasoning needs.
+ 7. The paper's reason: low layers explore (their FFNs raise the entropy), high ones converge, and
+    rewarding a low policy makes its layers find early what the reasoning needs.
 
 An example: the rewards 1 0 0 1 have the mean 0.5 and the (unbiased) standard deviation 0.577, so A
-is +-0.866. A step is one rollout and then an update for each of its 2 or 4 mini-batches. Let rho be
-a token's probability now, divided by that before the first of them, such as 0.13 / 0.10 = 1.3:
+is +-0.866. Let rho be a token's probability now, divided by that before the first update of this
+step, such as 0.13 / 0.10 = 1.3:
 
     A = +0.866, rho = 1.1   counts as rho A = +0.95; its gradient makes the token likelier still
     A = +0.866, rho = 1.3   counts as 1.2 A = +1.04; clipped: no more gradient
@@ -54,13 +53,10 @@ The letters, for tiny/ and for Qwen3-1.7B:
     T   tokens of the longest of them, prompt included; the others are padded
     N   completion tokens of a micro-batch: these are trained, those of prompts are not
 
-Questions that you may have:
-
-  - pi writes what pi^l learns from, yet there is no importance weight pi^l / pi. Why? The paper
-    gives no reason: it is a heuristic.
-  - The log-probabilities of the sampler do not serve as those of pi^l_old. In phase 1 they are of
-    another policy. In phase 2 they are rounded differently, and rho would not begin at 1.
-  - A long phase 1 ruins pi: the blocks above l go on reading a stream that changes under them.
+Why does pi^l learn from what pi wrote without an importance weight pi^l / pi? The paper gives no
+reason: it is a heuristic. Why are the sampler's log-probabilities not those of the old policy? In
+phase 1 they are of another policy; in phase 2 they are rounded differently, and rho would not begin
+at 1. Why not a long phase 1? The blocks above l go on reading a stream that changes under them.
 
 On purpose, this file departs from the paper (P) or from the authors' code (C):
 
@@ -73,19 +69,19 @@ On purpose, this file departs from the paper (P) or from the authors' code (C):
 
 Equation and table numbers are those of the paper's version 3. The map:
 
-     1 Settings                 lines 134-190   Config
-     2 Internal policies        lines 193-279   internal_hidden, policy_logits, token_logps
-     3 Objective                lines 282-304   group_advantages, clipped_surrogate
-     4 Training                 lines 307-460   train, update
-     5 Rollouts                 lines 463-623   SlotCache, sample
-     6 Which layer              lines 626-687   residual_stream, boundary_layer
-     7 Masters                  lines 690-757   MasterAdamW
-     8 Evaluation               lines 760-785   evaluate
-    The storeroom, from line 788 on: you may stop there.
-     9 Reward                   lines 794-1006  math_reward
-    10 Problems                 lines 1009-1141  load_problems
-    11 Model                    lines 1144-1370  load_model, check_model, encode
-    12 Files and command line   lines 1373-1633  main
+     1 Settings                 lines 130-186   Config
+     2 Internal policies        lines 189-271   internal_hidden, policy_logits, token_logps
+     3 Objective                lines 274-296   group_advantages, clipped_surrogate
+     4 Training                 lines 299-449   train, update
+     5 Rollouts                 lines 452-612   SlotCache, sample
+     6 Which layer              lines 615-676   residual_stream, boundary_layer
+     7 Masters                  lines 679-745   MasterAdamW
+     8 Evaluation               lines 748-773   evaluate
+    The storeroom, from line 776 on: you may stop there.
+     9 Reward                   lines 782-994   math_reward
+    10 Problems                 lines 997-1128  load_problems
+    11 Model                    lines 1131-1348  load_model, check_model, encode
+    12 Files and command line   lines 1351-1573  main
 """
 
 from __future__ import annotations
@@ -108,15 +104,15 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from fractions import Fraction
-from functools import cache, partial
+from functools import partial
 from operator import add, mul, sub, truediv
 from pathlib import Path
 from random import Random
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 from urllib.request import urlopen
 
 import jinja2
@@ -140,7 +136,7 @@ DATA = f"https://raw.githubusercontent.com/Trae1ounG/BuPO/{COMMIT}/data/"  # the
 
 def setting(default: Any, meaning: str) -> Any:
     """A field of `Config`: its default, and what `--help` says of it."""
-    return field(default=default, metadata=dict(meaning=meaning))
+    return field(default=default, metadata=dict(help=meaning))
 
 
 @dataclass
@@ -155,8 +151,8 @@ class Config:
     # The method:
     internal_layer: str = setting("auto", "l of phase 1: a number, or auto (6 for Qwen3-4B)")
     internal_steps: int = setting(30, "steps of phase 1; 0: plain GRPO (30 or 20)")
-    internal_norm: str = setting("final", "norm in pi^l: final or none (Table 5: both)")
-    loss_average: str = setting("token", "unit of the loss's mean: token or sequence (both)")
+    internal_norm: Literal["final", "none"] = setting("final", "the norm in pi^l (both)")
+    loss_average: Literal["token", "sequence"] = setting("token", "what the loss averages (both)")
     clip: float = setting(0.2, "clip ratio, epsilon (0.2)")
     # The recipe:
     steps: int = setting(300, "training steps; 0 only evaluates (300)")
@@ -176,9 +172,9 @@ class Config:
     rollout_rows: str = setting("auto", "sequences decoded at once: a number, or as many as fit")
     micro_batch_tokens: str = setting("auto", "tokens in a forward and backward pass, or auto")
     gradient_checkpointing: bool = setting(True, "recompute activations, to save memory")
-    device: str = setting("auto", "auto, cpu or cuda")
-    precision: str = setting("auto", "auto (bfloat16 on a GPU that has it), float32 or bfloat16")
-    optimizer_device: str = setting("auto", "of the float32 masters: auto, cpu or cuda")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "to compute on")
+    precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on a GPU")
+    optimizer_device: Literal["auto", "cpu", "cuda"] = setting("auto", "of the float32 masters")
     threads: int = setting(0, "of the CPU; 0: torch decides")
     # The run:
     seed: int = setting(0, "of everything random")
@@ -200,18 +196,16 @@ def internal_hidden(
 ) -> Tensor:
     """The residual stream H^l (B, T, D) after block l = 0..L, before any final norm.
     Runs blocks 1..l only: the slice `layers[:layer]` defines pi^l, saves the work of the blocks
-    above, and leaves them without gradients (Eq. 14-15). ids (B, T), int64, are padded on the right
+    above, and leaves them without gradients (Eq. 14-15). ids: (B, T), int64, padded on the right
     with anything, since causal attention never looks there. recompute: redo activations in the
-    backward pass. Values and gradients are those of transformers' `hidden_states[layer]`, but for
-    layer L, which transformers has already normed."""
+    backward pass. It equals transformers' `hidden_states[layer]`, but for layer L, normed there."""
     decoder = model.get_decoder()
     hidden = model.get_input_embeddings()(ids)  # (B, T, D)
-    if cache is None:
-        position, mask = torch.arange(ids.shape[1], device=ids.device)[None], None  # (1, T)
-    else:
+    position, mask = torch.arange(ids.shape[1], device=ids.device)[None], None  # (1, T); causal
+    if cache:
         position, mask = cache.position, cache.mask
     rotary = decoder.rotary_emb(hidden, position)
-    for block in decoder.layers[:layer]:  # mask None: attention is causal
+    for block in decoder.layers[:layer]:
         run = partial(checkpoint, block, use_reentrant=False) if recompute else block
         hidden = run(hidden, mask, None, cache, position_embeddings=rotary)  # None: position ids
     return hidden
@@ -247,11 +241,10 @@ def token_logps(
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """log pi^l (N,) of the N tokens where mask is True, row by row, given all tokens before each;
-    and, if wanted, the entropies (N,) of pi^l there, without gradient; float32, nats.
-    ids, mask (B, T): as from `pad`. At layer = L the final norm always applies: that is the policy.
+    and, if wanted, the entropies (N,) of pi^l there, without gradient; float32, nats. ids, mask
+    (B, T): as from `pad`. At layer = L the final norm always applies: that is the policy.
     Only the position before each of the N tokens goes through lm_head, HEAD_TOKENS at a time, and
-    the backward pass computes these logits again. So no more than (HEAD_TOKENS, V) are in memory.
-    """
+    the backward pass computes these logits again: only (HEAD_TOKENS, V) are ever in memory."""
     norm = norm or layer == len(model.get_decoder().layers)
     targets = ids[:, 1:][mask[:, 1:]]  # (N,)
     hidden = internal_hidden(model, ids, layer, recompute=recompute)  # (B, T, D)
@@ -272,10 +265,9 @@ def token_logps(
 def pad(sequences: Sequences, device: str | torch.device) -> tuple[Tensor, Tensor]:
     """(prompt, completion) pairs -> ids (B, T), padded on the right, and mask (B, T), bool, of the
     completions. The mask comes from lengths, never from token values: a pad id may be an end id."""
-    tokens = [torch.tensor([*prompt, *completion]) for prompt, completion in sequences]
-    marks = [torch.tensor([False] * len(p) + [True] * len(c)) for p, c in sequences]
-    ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)  # (B, T)
-    mask = nn.utils.rnn.pad_sequence(marks, batch_first=True)  # (B, T)
+    rows = [torch.tensor([*prompt, *completion]) for prompt, completion in sequences]
+    marks = [torch.arange(len(p) + len(c)) >= len(p) for p, c in sequences]
+    ids, mask = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, marks))  # (B, T)
     return ids.to(device), mask.to(device)
 
 
@@ -317,7 +309,7 @@ def train(config: Config, resume: bool = False) -> Path:
     num_layers = len(model.get_decoder().layers)
     held_out, problems = usable_problems(config, model, tokenizer)
     optimizer = MasterAdamW(model, device, dtype, config.optimizer_device)
-    write_settings(out, config, resume)  # nothing was written before
+    write_settings(config)  # nothing was written before
     done, internal_layer = load_checkpoint(start, optimizer) if start else (0, 0)
     if config.internal_layer != "auto":
         internal_layer = int(config.internal_layer)
@@ -358,19 +350,15 @@ def train(config: Config, resume: bool = False) -> Path:
         if not internal_layer and step <= config.internal_steps:  # --internal-layer auto
             internal_layer = find_boundary(model, sequences)
         layer = optimized_layer(step, config.internal_steps, internal_layer, num_layers)
-
-        mismatch = sampling_mismatch(model, completions, config.temperature)  # before it moves
+        mismatch = sampling_error(model, completions, config.temperature)  # before it moves
 
         # 5 Maximize the clipped surrogate of that policy, one optimizer update per mini-batch.
-        times.append(time.perf_counter())
         lr = config.lr * min(1.0, step / config.lr_warmup_steps)
         updated = update(model, optimizer, sequences, advantages.flatten(), layer, lr, config)
-        times.append(time.perf_counter())
 
         # 6 Log, save and evaluate.
-        metrics = {"step": step, "layer": layer}
-        metrics |= describe(completions, rewards, advantages, times)
-        metrics |= updated | {"sampling_error": mismatch}
+        metrics = {"step": step, "layer": layer, "sampling_error": mismatch}
+        metrics |= describe(completions, rewards, advantages, times) | updated
         log(out / "metrics.jsonl", metrics)
         bar.set_postfix({name: metrics[name] for name in ("layer", "reward", "completion_tokens")})
         between_steps(step)
@@ -389,43 +377,37 @@ def update(
     """Maximize the mean clipped surrogate of pi^layer, one optimizer update per mini-batch.
     sequences: M (prompt, completion) pairs, those of a problem side by side; advantages: (M,).
     Completions without advantage count in the mean with zeros, so they need no forward pass.
-    Returns what the log says of the update."""
+    Returns what the log says of the update; layer_entropy is a mean over the tokens trained."""
     model.eval()  # in updates, too: with dropout, rho would be a matter of chance
     optimizer.zero_grad()  # an update that failed may have left gradients
     internal = layer < len(model.get_decoder().layers)
     size = config.mini_batch * config.group_size  # completions in a mini-batch
     lengths = torch.tensor([len(completion) for _, completion in sequences])  # (M,)
     weights = token_weights(lengths, size, config.loss_average)  # (M,)
+    most = micro_batch_tokens(model, optimizer, layer, config)
 
-    # The plan: mini-batches, each a list of micro-batches of completions with an advantage.
-    plan, most = [], micro_batch_tokens(model, optimizer, layer, config)
-    for start in range(0, len(sequences), size):
-        learning = [i for i in range(start, start + size) if advantages[i] != 0]
-        if learning:
-            plan.append(micro_batches(sequences, most, learning))
-
-    def score(micro: list[int], with_entropies: bool) -> tuple[Tensor, Tensor | None]:
+    def score(micro: list[int], entropies: bool) -> tuple[Tensor, Tensor | None]:  # (N,) each
         ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
         norm, recompute = config.internal_norm == "final", config.gradient_checkpointing
-        return token_logps(
-            model, ids, mask, layer, norm, config.temperature, with_entropies, recompute
-        )
+        return token_logps(model, ids, mask, layer, norm, config.temperature, entropies, recompute)
+
+    # The plan: mini-batches, each a list of micro-batches of completions with an advantage.
+    starts = range(0, len(sequences), size)
+    learning = [[i for i in range(s, s + size) if advantages[i] != 0] for s in starts]
+    plan = [micro_batches(sequences, most, indices) for indices in learning if indices]
 
     # pi^l_old is pi^l before any update of this step. The first mini-batch has log pi^l_old for
     # free, in its own forward pass. The later mini-batches are scored here, in advance.
     with torch.no_grad():
-        old = [[], *([score(micro, internal) for micro in micros] for micros in plan[1:])]
-    old_entropies = [entropies for micros in old for _, entropies in micros]  # of pi^l_old
+        old = [[], *([score(micro, False)[0] for micro in micros] for micros in plan[1:])]
 
-    ratios, clipped, grad_norms = [], [], []
+    ratios, clipped, entropies, grad_norms = [], [], [], []
     for n, micros in enumerate(plan):
         for m, micro in enumerate(micros):
-            logps, entropies = score(micro, internal and n == 0)  # (N,) each
-            if n == 0:
-                old_logps = logps.detach()  # (N,); so rho = 1, with the gradient of log pi^l
-                old_entropies.append(entropies)
-            else:
-                old_logps, _ = old[n][m]  # (N,)
+            logps, of_policies = score(micro, internal)  # (N,) each
+            if of_policies is not None:
+                entropies.append(of_policies)
+            old_logps = old[n][m] if n else logps.detach()  # (N,); so at first rho = 1
             times = lengths[micro]  # a completion's advantage and weight are those of its tokens
             advantage = advantages[micro].repeat_interleave(times).to(logps)  # (N,)
             weight = weights[micro].repeat_interleave(times).to(logps)  # (N,)
@@ -435,7 +417,14 @@ def update(
             ratios.append((logps.detach() - old_logps).exp())  # (N,)
             clipped.append(surrogate.detach() < ratios[-1] * advantage)  # (N,): the clip lowered it
         grad_norms.append(optimizer.step(lr))
-    return update_metrics(ratios, clipped, grad_norms, old_entropies if internal else None)
+    metrics: dict[str, float | None] = dict(clip_fraction=0.0, ratio_max=1.0, grad_norm=0.0)
+    if plan:
+        metrics["clip_fraction"] = float(torch.cat(clipped).float().mean())
+        metrics["ratio_max"] = float(torch.cat(ratios).max())
+        metrics["grad_norm"] = fmean(grad_norms)
+    if internal:
+        metrics["layer_entropy"] = float(torch.cat(entropies).mean()) if plan else None
+    return metrics
 
 
 def token_weights(lengths: Tensor, size: int, average: str) -> Tensor:
@@ -487,20 +476,20 @@ class SlotCache:
 
     def begin_prompts(self, first: int, ids: Tensor) -> None:
         """Next come all tokens of n prompts, ids (n, T), into slots `first` and on."""
-        end, self.width = first + len(ids), ids.shape[1]
-        self.position = torch.arange(self.width, device=ids.device)[None]  # (1, T)
-        self.rows = torch.arange(first, end, device=ids.device)[:, None]  # (n, 1)
-        self.used = slice(first, end)
+        self.position = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+        self.rows = torch.arange(first, first + len(ids), device=ids.device)[:, None]  # (n, 1)
         self.mask: Tensor | None = None  # attention is causal
+        self.read = slice(first, first + len(ids)), slice(None), slice(ids.shape[1])
 
     def begin_tokens(self, position: Tensor, longest: int) -> None:
         """Next comes a token of each of n rows, at position (n, 1), the largest being `longest`."""
-        self.position, self.width = position, (longest // 16 + 1) * 16
+        width = (longest // 16 + 1) * 16
+        self.position = position
         self.rows = torch.arange(len(position), device=position.device)[:, None]  # (n, 1)
-        self.used = slice(0, len(position))
-        beyond = torch.arange(self.width, device=position.device) > position  # (n, width)
+        beyond = torch.arange(width, device=position.device) > position  # (n, width)
         mask = torch.zeros_like(beyond, dtype=self.blocks[0][0].dtype)  # (n, width)
         self.mask = mask.masked_fill_(beyond, -math.inf)[:, None, None]  # (n, 1, 1, width)
+        self.read = slice(len(position)), slice(None), slice(width)
 
     def update(self, key: Tensor, value: Tensor, block: int, *_: Any, **__: Any) -> list[Tensor]:
         """Store keys and values (n, heads, T, size); returns those that can be attended to."""
@@ -510,7 +499,7 @@ class SlotCache:
         for store, x in zip(self.blocks[block], (key, value), strict=True):
             # Indexed by rows (n, 1) and columns (n or 1, T): the left side is (n, T, heads, size).
             store[self.rows, :, self.position] = x.transpose(1, 2)
-        return [store[self.used, :, : self.width] for store in self.blocks[block]]
+        return [store[self.read] for store in self.blocks[block]]
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
         """Copy slots into others. All sources are read before a target is written."""
@@ -698,8 +687,7 @@ class MasterAdamW:
     bfloat16 a weight is too coarse for a learning rate of 1e-6. So each has a float32 master, with
     AdamW's moments beside it, on the GPU or the CPU. A gradient goes to its master as soon as it is
     there; after a step the weights are the masters, rounded. In float32 on one device a weight is
-    its own master. On a CPU, new memory costs several times what adding a gradient does: so memory
-    for gradients is kept there, and they travel in pieces, through a buffer (pinned, for a GPU)."""
+    its own master. On a CPU new memory is slow: gradients keep theirs, and arrive in pieces."""
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, where: str):
         """The float32 weights of `model` become the masters, and it gets `dtype`. where: the device
@@ -1029,13 +1017,16 @@ def load_problems(
     rewarded, or that `fits` is False for, are dropped and counted by reason."""
     if limit == 0:
         return []
-    problems, seen, dropped = [], set(), Counter[str]()
+    problems: list[Problem] = []
+    seen, dropped = set(), Counter[str]()
     forms = ".parquet, .jsonl, .json, .csv, or on the Hub ID, ID:SPLIT or ID:CONFIG:SPLIT"
     with explain(f"{source} cannot be read", f"name {forms}"):
-        (question, answer, *parts), rows, split = read_rows(source)
+        source, (question, answer, *parts), rows = read_rows(source)
         for row in tqdm(rows, "reading problems", leave=False, delay=2):
+            if len(problems) == limit:
+                break
+            text = str(row.get(question))
             try:
-                text = str(row.get(question))
                 if text in seen:  # first, since everything else takes longer
                     raise ValueError("duplicate")
                 if part := next((name for name in parts if row.get(name)), None):
@@ -1048,29 +1039,27 @@ def load_problems(
                 problems.append(problem)
             except ValueError as reason:
                 dropped[str(reason).rstrip(".")] += 1
-            if len(problems) == limit:
-                break
     why = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common(9)) or "none"
-    found = f"{source}{split} (question: {question}, answer: {answer}; dropped: {why})"
+    found = f"{source} (question: {question}, answer: {answer}; dropped: {why})"
     if not problems:
         raise UsageError(f"No usable row in {found}; a row needs a question and a short answer.")
     tqdm.write(f"Problems    {len(problems)} of {found}")
     return problems
 
 
-def read_rows(source: str) -> tuple[list[str], Iterable[dict], str]:
-    """The columns that matter, rows with them, and the split taken where the source names none."""
+def read_rows(source: str) -> tuple[str, list[str], Iterable[dict]]:
+    """The source, with its split if it names none; the columns that matter; rows with them."""
     kind = re.search(r"\.(parquet|jsonl?|csv)(\?.*)?$", source.lower())
     if not kind:
         import datasets  # slow to import, and files need none of it
 
         name, *rest = re.split(r":(?![^\[]*\])", source)  # not at the colon of train[:200]
-        data, split = datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else None), ""
+        data = datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else None)
         if not rest:
-            first = "train" if "train" in data else next(iter(data))
-            data, split = data[first], f":{first}"
+            split = "train" if "train" in data else next(iter(data))
+            source, data = f"{source}:{split}", data[split]
         columns = find_columns(data.column_names)
-        return columns, data.select_columns(columns), split
+        return source, columns, data.select_columns(columns)
     path = Path(source).expanduser()
     file: Any = io.BytesIO(urlopen(source).read()) if "://" in source else path.open("rb")
     if kind[1] == "parquet":
@@ -1079,7 +1068,7 @@ def read_rows(source: str) -> tuple[list[str], Iterable[dict], str]:
         parquet = pyarrow.parquet.ParquetFile(file)
         columns = find_columns(parquet.schema_arrow.names)
         tables = parquet.iter_batches(1000, columns=columns)
-        return columns, (row for table in tables for row in table.to_pylist()), ""
+        return source, columns, (row for table in tables for row in table.to_pylist())
     text = file.read().decode("utf-8-sig").strip()
     if kind[1] == "csv":
         csv.field_size_limit(2**31 - 1)
@@ -1089,28 +1078,26 @@ def read_rows(source: str) -> tuple[list[str], Iterable[dict], str]:
             text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
         records = json.loads(text, parse_float=Decimal)  # 0.10 keeps its digits
         rows = [row if isinstance(row, dict) else {} for row in records]
-    return find_columns(dict.fromkeys(itertools.chain(*rows))), rows, ""
+    return source, find_columns(dict.fromkeys(itertools.chain(*rows))), rows
 
 
 def find_columns(names: Iterable[str]) -> list[str]:
     """The columns of the question, of the answer, and of other parts of the question."""
     columns = list(names)
-    question = next((name for name in QUESTIONS if name in columns), None)
-    answer = next((name for name in ANSWERS if name in columns), None)
+    question, answer = ([x for x in known if x in columns][:1] for known in (QUESTIONS, ANSWERS))
     if not (question and answer):
-        lacks = "answer" if question else "question"
-        raise ValueError(f"no {lacks}, as the README names them, among its columns {columns}")
-    return [question, answer, *(name for name in columns if re.fullmatch(PARTS, name))]
+        raise ValueError(f"no question or no answer, as the README names them, among {columns}")
+    return question + answer + [name for name in columns if re.fullmatch(PARTS, name)]
 
 
 def find_messages(question: Any, system: str) -> list[dict]:
     """A question, text or chat messages, as chat messages, system message first."""
     if isinstance(question, str):
         question = [dict(role="user", content=question)]
-    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # not these
-        if isinstance(question, dict):  # of lists, as `datasets` stores a Sequence of messages
-            pairs = zip(question["role"], question["content"], strict=True)
-            question = [dict(role=role, content=content) for role, content in pairs]
+    if isinstance(question, dict):  # of lists, as `datasets` stores a Sequence of messages
+        lists = zip(*question.values(), strict=True)
+        question = [dict(zip(question, one, strict=True)) for one in lists]
+    with contextlib.suppress(LookupError, TypeError, AttributeError):  # not what it should be
         messages = [dict(role=m["role"], content=m["content"]) for m in question]
         while messages[-1]["role"] == "assistant":  # it may hold the answer
             messages.pop()
@@ -1122,8 +1109,8 @@ def find_messages(question: Any, system: str) -> list[dict]:
 
 
 def find_answer(value: Any) -> str:
-    r"""The answer in a value, with all its digits: what is in \boxed{} (MATH) or after '####'
-    (GSM8K), else the whole text, if it is short."""
+    r"""The answer in a value: what is in \boxed{} (MATH) or after '####' (GSM8K), else the whole
+    text, if it is short."""
     if isinstance(value, dict):  # reward_model
         value = value.get("ground_truth")
     if isinstance(value, (float, Decimal)):
@@ -1151,21 +1138,19 @@ def load_model(name: str) -> tuple[Model, Tokenizer]:
     folder = model_folder(name)
     if folder.is_dir() and not (folder / "config.json").exists():
         if not checkpoints(folder):
-            raise UsageError(
-                f"{folder} has neither config.json nor a checkpoint of a training run."
-            )
+            raise UsageError(f"{folder} has neither config.json nor a checkpoint of a run.")
         folder = checkpoints(folder)[-1]
-    source, safe = str(folder) if folder.exists() else name, dict(trust_remote_code=False)
+    source = str(folder) if folder.exists() else name
     with explain(f"The model {name} cannot be loaded", "check name, files and connection"):
-        config = transformers.AutoConfig.from_pretrained(source, **safe)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         if any(hasattr(c, "quantization_config") for c in (config, config.get_text_config())):
             raise ValueError("it is quantized: name the model that it was made from")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if type(tokenizer).__name__ == "MistralCommonBackend":  # it encodes no rendered text
             raise ValueError("mistral-common reads its tokenizer: run without that package")
+        how: Any = dict(use_safetensors=True, output_loading_info=True, trust_remote_code=False)
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
-        safe |= dict(use_safetensors=True, output_loading_info=True)
-        model, report = load(source, dtype=torch.float32, **safe)
+        model, report = load(source, dtype=torch.float32, **how)
         if missing := sorted(report["missing_keys"]):  # random numbers are in their place
             raise ValueError(f"it lacks {len(missing)} of its weights, such as {missing[0]}")
     check_model(model.eval())
@@ -1183,7 +1168,6 @@ def check_model(model: Model) -> None:
     """Give a model (float32, CPU) fused attention and norms. Then compute a few tokens in three
     ways and refuse the model unless they agree: by transformers' own forward pass, by ours, and by
     `sample` with its cache."""
-    close = partial(torch.allclose, rtol=1e-3, atol=1e-3)
     problem = f"This program cannot run the blocks of {type(model).__name__}"
     with explain(problem, "use a Llama, Mistral, Qwen2, Qwen3 or SmolLM2"):
         model.set_attn_implementation("sdpa")  # whatever its config.json says
@@ -1191,19 +1175,15 @@ def check_model(model: Model) -> None:
         logits = model(input_ids=ids, use_cache=False).logits  # (1, 8, V)
         for norm in model.modules():  # transformers' own takes eight operations, this one takes one
             if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
-                shape, eps = norm.weight.shape, norm.variance_epsilon
-                fused = partial(nn.functional.rms_norm, normalized_shape=shape, weight=norm.weight)
-                norm.forward = partial(fused, eps=eps)
-        blocks = list(residual_stream(model, ids))
-        below, _, attention, _, ffn = blocks[-1]  # H^(L-1), A^L, F^L: (1, 8, D) each
-        if not close(policy_logits(model, below + attention + ffn), logits):
+                how: Any = dict(normalized_shape=norm.weight.shape, eps=norm.variance_epsilon)
+                norm.forward = partial(nn.functional.rms_norm, weight=norm.weight, **how)
+        *_, (below, _, attention, _, ffn) = residual_stream(model, ids)  # of block L
+        ours = policy_logits(model, below + attention + ffn)  # (1, 8, V)
+        if not torch.allclose(ours, logits, rtol=1e-3, atol=1e-3):
             raise ValueError("its logits are not lm_head(norm(H^L)), H^l = H^(l-1) + A^l + F^l")
         prompts = [ids[0, :5].tolist(), ids[0, :2].tolist()]
         completions = sample(model, prompts, 3, set(), generator=random_stream("cpu", 0, "check"))
-        sampled = torch.tensor([logp for c in completions for logp in c.logps])  # (6,)
-        ids, mask = pad([(c.prompt, c.ids) for c in completions], "cpu")  # (2, 8) each
-        scored, _ = token_logps(model, ids, mask, len(blocks))  # (6,)
-        if not close(sampled, scored):
+        if not sampling_error(model, completions, 1.0) < 1e-3:
             raise ValueError("with a cache it computes something else than without")
 
 
@@ -1211,37 +1191,35 @@ def encode(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     """The token ids of a problem, ready to be completed: by the chat template, or as plain text. A
     system message that the template refuses or ignores goes into the first user message."""
     first, *rest = problem.messages
-    text = "\n\n".join(m["content"] for m in problem.messages) + "\n\n"
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special and token.content in text:
-            raise UsageError(
-                f"A question holds {token.content}: a template has rendered it before."
-            )
     if tokenizer.chat_template is None:
-        ids = tokenizer(text).input_ids
+        ids = tokenizer("\n\n".join(m["content"] for m in problem.messages) + "\n\n").input_ids
         ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some end every text
     else:
-        # A template that writes today's date would ask something else after midnight.
-        template = "{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}"
-        settings: Any = dict(chat_template=template + tokenizer.get_chat_template(), tokenize=False)
-        settings |= dict(add_generation_prompt=True, enable_thinking=False)  # the latter as in P
-        render, text = partial(tokenizer.apply_chat_template, **settings), ""
-        system = first["content"].strip()
-        own = first["role"] == "system"
-        with contextlib.suppress(jinja2.TemplateError) if own else contextlib.nullcontext():
-            text = render(problem.messages)
-        if own and (not text or system not in text):
-            text = render([dict(rest[0], content=f"{system}\n\n{rest[0]['content']}"), *rest[1:]])
+        text, system = render(tokenizer, problem.messages), first["content"].strip()
+        if first["role"] == "system" and (not text or system not in text):
+            joined = dict(rest[0], content=f"{system}\n\n{rest[0]['content']}")
+            text = render(tokenizer, [joined, *rest[1:]])
         ids = tokenizer(text, add_special_tokens=False).input_ids
-    # Some templates leave out what is no list of parts, some tokenizers lose spaces.
-    users = [m["content"] for m in problem.messages if m["role"] == "user"]
-    prompt, *questions = (
-        " ".join(unicodedata.normalize("NFKC", said).split())
-        for said in (tokenizer.decode(ids, clean_up_tokenization_spaces=False), *users)
-    )
-    if not all(question in prompt for question in questions):
-        raise UsageError("The chat template or the tokenizer changes a question; fix the model's.")
+    # Some templates leave out text, some tokenizers lose spaces, and a question that a template has
+    # rendered before holds special tokens.
+    texts = [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)]
+    texts += [m["content"] for m in problem.messages if m["role"] == "user"]
+    prompt, *asked = (" ".join(unicodedata.normalize("NFKC", text).split()) for text in texts)
+    if not all(question in prompt for question in asked):
+        fix = "it may have been rendered before, or the model's template or tokenizer changes it"
+        raise UsageError(f"A question is not as it was in its prompt; {fix}.")
     return ids
+
+
+def render(tokenizer: Tokenizer, messages: list[dict]) -> str:
+    """Chat messages by the model's template, without thinking, as in the paper; "" if it refuses
+    them. Templates that write the date get a fixed one, so that each day asks the same."""
+    template = "{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}"
+    template += tokenizer.get_chat_template()
+    how: Any = dict(add_generation_prompt=True, enable_thinking=False, tokenize=False)
+    with contextlib.suppress(jinja2.TemplateError):
+        return tokenizer.apply_chat_template(messages, chat_template=template, **how)
+    return ""
 
 
 def end_tokens(model: Model, tokenizer: Tokenizer) -> set[int]:
@@ -1301,50 +1279,48 @@ def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
     if config.optimizer_device == "cuda" and not cuda:
         raise UsageError("--optimizer-device cuda needs a GPU; give auto.")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, so at each token
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     auto = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     low = config.precision == "bfloat16" or (config.precision == "auto" and auto)
     return torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if low else torch.float32
 
 
+def free_memory(device: torch.device) -> float:
+    """The bytes that may be used: 90 % of a GPU's free memory; 4 GB of a CPU's."""
+    if device.type == "cpu":
+        return 4e9
+    torch.cuda.empty_cache()
+    return 0.9 * torch.cuda.mem_get_info(device)[0]
+
+
 def rollout_rows(model: Model, longest_prompt: int, config: Config) -> int:
-    """--rollout-rows; auto: as many as fit into 90 % of a GPU's free memory (a CPU: 4 GB). A row
-    takes keys and values, a share in reading prompts, and 32 bytes per vocabulary entry."""
+    """--rollout-rows; auto: as many as fit into free memory. A row takes keys and values, a share
+    in reading prompts, and 32 bytes per vocabulary entry."""
     if config.rollout_rows != "auto":
         return int(config.rollout_rows)
-    memory, c = 4e9, model.config
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-        memory = 0.9 * torch.cuda.mem_get_info(model.device)[0]
+    c = model.config
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     column = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim  # numbers in the cache
     reading = longest_prompt / 8 * (8 * c.hidden_size + 4 * c.intermediate_size)  # an eighth reads
     numbers = column * (longest_prompt + config.max_new_tokens + 16) + reading
-    return max(1, int(memory // (numbers * model.dtype.itemsize + 32 * c.vocab_size)))
+    row = numbers * model.dtype.itemsize + 32 * c.vocab_size  # bytes
+    return max(1, int(free_memory(model.device) // row))
 
 
 def micro_batch_tokens(model: Model, optimizer: MasterAdamW, layer: int, config: Config) -> int:
-    """--micro-batch-tokens; auto: 16,384, or 32,768 if each micro-batch has to send its gradients
-    to the CPU (still more tokens would lose more time to padding than they save); on a GPU not more
-    than fit into 90 % of its free memory, but at least 4,096."""
+    """--micro-batch-tokens; auto: as many as fit into free memory, at least 4,096 and at most
+    16,384, or 32,768 if gradients travel to a CPU (more would lose more time to padding)."""
     if config.micro_batch_tokens != "auto" or model.device.type == "cpu":
         return 16384 if config.micro_batch_tokens == "auto" else int(config.micro_batch_tokens)
-    torch.cuda.empty_cache()
-    free, most = 0.9 * torch.cuda.mem_get_info(model.device)[0], 32768
-    if optimizer.device.type == "cuda":  # then gradients of masters, and moments yet to be made
+    c, size, most = model.config, model.dtype.itemsize, 32768
+    free = free_memory(model.device)
+    if optimizer.device == model.device:  # with gradients of masters, and moments yet to be made
         most, made = 16384, optimizer.adam.state
         free -= sum((4 if master in made else 12) * master.numel() for master in optimizer.masters)
-    c, size = model.config, model.dtype.itemsize  # bytes of a number
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    heads = head_dim * (c.num_attention_heads + c.num_key_value_heads)
-    block = size * (4 * c.hidden_size + 3 * heads + 6 * c.intermediate_size)  # of a token
+    block = size * (13 * c.hidden_size + 6 * c.intermediate_size)  # of a token
     kept = layer * (size * c.hidden_size if config.gradient_checkpointing else block)  # of a token
-    head = size * c.vocab_size * c.hidden_size  # the gradient of lm_head
-    logits = 12 * HEAD_TOKENS * c.vocab_size  # log-probabilities and two gradients in float32
-    in_head = (free - head - max(logits, 2 * head)) / (kept + size * c.hidden_size)
-    in_block = (free - head * c.tie_word_embeddings) / (kept + block)
-    return int(max(4096, min(most, in_head, in_block)))
+    head = c.vocab_size * (2 * size * c.hidden_size + 12 * HEAD_TOKENS)
+    return int(max(4096, min(most, (free - head) / (kept + block))))
 
 
 def random_stream(device: str | torch.device, seed: int, purpose: str) -> torch.Generator:
@@ -1354,16 +1330,18 @@ def random_stream(device: str | torch.device, seed: int, purpose: str) -> torch.
 
 def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
     """The indices of a step's problems: all come once in each epoch, in an order of its own."""
-    epoch = cache(lambda n: Random(f"{seed} {n}").sample(range(count), count))
-    return [epoch(i // count)[i % count] for i in range((step - 1) * size, step * size)]
+    places = range((step - 1) * size, step * size)
+    epochs = {place // count for place in places}
+    orders = {n: Random(f"{seed} {n}").sample(range(count), count) for n in epochs}
+    return [orders[place // count][place % count] for place in places]
 
 
 @torch.no_grad()
-def sampling_mismatch(model: Model, completions: list[Completion], temperature: float) -> float:
-    """Mean |log pi as sampled - log pi as scored|, in nats: of 1 completion in 16, about 8 at most.
-    Decoding and scoring are one network, so more than rounding would be a bug."""
+def sampling_error(model: Model, completions: list[Completion], temperature: float) -> float:
+    """Mean |log pi as sampled - log pi as scored|, in nats, of at most eight completions. Decoding
+    and scoring are one network, so more than rounding would be a bug."""
     num_layers, differences = len(model.get_decoder().layers), []
-    for c in completions[:: max(16, len(completions) // 8)]:
+    for c in completions[:: -(-len(completions) // 8)]:
         ids, mask = pad([(c.prompt, c.ids)], model.device)  # (1, T) each
         scored, _ = token_logps(model, ids, mask, num_layers, temperature=temperature)  # (N,)
         differences += (scored.cpu() - torch.tensor(c.logps)).abs().tolist()
@@ -1372,13 +1350,9 @@ def sampling_mismatch(model: Model, completions: list[Completion], temperature: 
 
 # 12 Files and command line ========================================================================
 
-LOGS = ("metrics.jsonl", "completions.jsonl")
-RULES: dict[str, Any] = dict(  # the form of a text; the least value of a number, if not 1
-    internal_layer="auto|[1-9][0-9]*", internal_norm="final|none", loss_average="token|sequence",
-    rollout_rows="auto|[1-9][0-9]*", micro_batch_tokens="auto|[1-9][0-9]*", device="auto|cpu|cuda",
-    precision="auto|float32|bfloat16", optimizer_device="auto|cpu|cuda", internal_steps=0, steps=0,
-    group_size=2, clip=1e-6, lr=0, temperature=1e-6, eval_problems=0, threads=0, seed=0, keep=0,
-)  # fmt: skip
+AUTO = ("internal_layer", "rollout_rows", "micro_batch_tokens")  # auto or a number
+LEAST = dict(group_size=2, clip=1e-6, temperature=1e-6, internal_steps=0, steps=0, eval_problems=0)
+LEAST |= dict(threads=0, seed=0, keep=0, lr=0)  # of other numbers: 1
 
 
 class UsageError(ValueError):
@@ -1390,30 +1364,21 @@ def explain(problem: str, fix: str) -> Iterator[None]:
     """Turn what a library raises inside into one sentence: the problem, its own words, the fix."""
     try:
         yield
+    except UsageError:
+        raise
     except Exception as error:
-        if isinstance(error, UsageError) or out_of_memory(error):
-            raise
         why = " ".join(str(error).split())[:200].rstrip(".:, ") or type(error).__name__
         raise UsageError(f"{problem} ({why}); {fix}.") from error
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, the GPU's or the machine's: torch and CUDA word it differently."""
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)) is not None
-
-
 def check_settings(config: Config) -> None:
     """Refuse settings that cannot work."""
-    for f in fields(config):
-        value, rule = getattr(config, f.name), RULES.get(f.name, 1 if type(f.default) is int else 0)
-        if type(f.default) in (int, float):
-            fine, words = rule <= value < math.inf, f"{rule} or more"
-        else:
-            fine = f.name not in RULES or re.fullmatch(rule, value)
-            words = str(rule).replace("[1-9][0-9]*", "a number").replace("|", " or ")
-        if not fine:
-            raise UsageError(f"--{f.name.replace('_', '-')} must be {words}, not {value!r}.")
+    for name, value in asdict(config).items():
+        flag, least = "--" + name.replace("_", "-"), LEAST.get(name, 1)
+        if type(value) in (int, float) and not least <= value < math.inf:
+            raise UsageError(f"{flag} must be {least} or more, not {value}.")
+        if name in AUTO and not re.fullmatch("auto|[1-9][0-9]*", value):
+            raise UsageError(f"{flag} must be auto or a number, not {value!r}.")
     if config.prompts_per_step % config.mini_batch:
         raise UsageError("--mini-batch must divide --prompts-per-step.")
     if not config.steps and not config.eval_problems:
@@ -1441,13 +1406,17 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     return saved
 
 
-def write_settings(out: Path, config: Config, resume: bool) -> None:
-    """Write settings.json, never half of it; of two runs that begin in one folder, one fails."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "settings.json").touch(exist_ok=resume)
-    settings = {name: value for name, value in asdict(config).items() if name != "out"}
-    (out / ".settings").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (out / ".settings").replace(out / "settings.json")
+def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
+    """The `Config` of a command line, of which every field is a flag, and whether to resume."""
+    fields: Any = Config
+    parser = transformers.HfArgumentParser(fields, description="BuPO", usage=argparse.SUPPRESS)
+    parser.add_argument("--resume", metavar="RUN", help="folder of a run; flags given change it")
+    first, _ = parser.parse_known_args(arguments)
+    saved = read_settings(first.resume) if first.resume else asdict(configure(first.model))
+    parser.set_defaults(**saved)
+    given = vars(parser.parse_args(arguments))
+    run = given.pop("resume")
+    return Config(**{**given, "out": run or given["out"]}), run is not None
 
 
 def run_folder(config: Config, resume: bool) -> tuple[Path, Path | None]:
@@ -1460,6 +1429,15 @@ def run_folder(config: Config, resume: bool) -> tuple[Path, Path | None]:
     if resume and not saved:
         raise UsageError(f"{out} has no checkpoint to resume from; start anew with another --out.")
     return out, saved[-1] if resume else None
+
+
+def write_settings(config: Config) -> None:
+    """Write settings.json into the folder of the run, never half of it."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in asdict(config).items() if name != "out"}
+    (out / ".settings").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (out / ".settings").replace(out / "settings.json")
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -1483,7 +1461,7 @@ def save_checkpoint(
     model.config.dtype = "float32"  # which the masters are, whatever the model computes in
     model.config.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    logs = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
+    logs = {file.name: file.stat().st_size for file in out.glob("*.jsonl")}
     torch.save(dict(state, logs=logs, adam=optimizer.adam.state_dict()), temporary / "training.pt")
     temporary.rename(folder)  # so it is whole, or not there at all
     for old in checkpoints(out)[: -config.keep] if config.keep else []:
@@ -1496,9 +1474,8 @@ def load_checkpoint(start: Path, optimizer: MasterAdamW) -> tuple[int, int]:
     with explain(f"{start} is damaged", "remove it, and --resume continues from the one before"):
         state = torch.load(start / "training.pt", optimizer.device, weights_only=True)
         optimizer.adam.load_state_dict(state["adam"])
-    for name in LOGS:
-        with open(start.parent / name, "a") as file:
-            file.truncate(state["logs"].get(name, 0))
+    for file in start.parent.glob("*.jsonl"):
+        os.truncate(file, state["logs"].get(file.name, 0))
     tqdm.write(f"Resumed     after step {state['step']}, from {start}")
     return state["step"], state["internal_layer"]
 
@@ -1510,27 +1487,12 @@ def log(file: Path, record: dict[str, Any]) -> None:
         lines.write(json.dumps(finite) + "\n")
 
 
-def update_metrics(
-    ratios: list[Tensor], clipped: list[Tensor], grad_norms: list[float], entropies: list | None
-) -> dict[str, float | None]:
-    """What the log says of an update: tensors (N,), one for each micro-batch. layer_entropy is of
-    pi^l before the update, over the completion tokens of completions with an advantage."""
-    metrics: dict[str, float | None] = dict(clip_fraction=0.0, ratio_max=1.0, grad_norm=0.0)
-    if ratios:
-        metrics["clip_fraction"] = float(torch.cat(clipped).float().mean())
-        metrics["ratio_max"] = float(torch.cat(ratios).max())
-        metrics["grad_norm"] = fmean(grad_norms)
-    if entropies is not None:  # in phase 1
-        metrics["layer_entropy"] = float(torch.cat(entropies).mean()) if entropies else None
-    return metrics
-
-
 def describe(
     completions: list[Completion], rewards: list[float], advantages: Tensor, times: list[float]
 ) -> dict[str, Any]:
     """What the log says of a step besides its update. Entropies are means over completion tokens,
-    in nats; times: before and after the rollout, before and after the update, in seconds."""
-    began, sampled, updating, ended = times
+    in nats; times: when the step began, and when its rollout ended, in seconds."""
+    began, sampled, ended = *times, time.perf_counter()
     tokens = sum(len(c.ids) for c in completions)
     learned = sum(len(c.ids) for c, a in zip(completions, advantages.view(-1), strict=True) if a)
     mean_entropy = sum(sum(c.entropies) for c in completions) / tokens
@@ -1542,7 +1504,7 @@ def describe(
         truncated=fmean(not c.ended for c in completions),
         zero_std_groups=fmean((advantages == 0).all(-1).tolist()),
         rollout_tokens_per_s=tokens / (sampled - began),
-        update_tokens_per_s=learned / (ended - updating),
+        update_tokens_per_s=learned / (ended - sampled),
         peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9 or None,
         seconds=ended - began,
     )
@@ -1556,10 +1518,9 @@ def evaluate_and_log(
     for one in samples[: 8 * config.eval_k : config.eval_k]:
         log(Path(config.out, "completions.jsonl"), dict(step=step, **one))
     log(Path(config.out, "metrics.jsonl"), dict(step=step, **metrics))
-    error = metrics["eval_se"]
+    k, error = config.eval_k, metrics["eval_se"]
     known = "" if error is None else f" (standard error {error:.1%})"
-    score = f"avg@{config.eval_k} {metrics['eval_avg']:.1%}{known}"
-    score += f", pass@{config.eval_k} {metrics['eval_pass'][-1]:.1%}"
+    score = f"avg@{k} {metrics['eval_avg']:.1%}{known}, pass@{k} {metrics['eval_pass'][-1]:.1%}"
     tqdm.write(f"Evaluation  step {step}: {score}, {len(problems)} held-out problems")
     shown = samples[0]
     text = f"{shown['messages'][-1]['content'][:150]} -> ... {shown['completion'][-200:]}"
@@ -1574,33 +1535,12 @@ def stop_requests() -> list[int]:
 
     def handle(number: int, frame: Any) -> None:
         requests.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.default_int_handler)
+        signal.signal(number, signal.default_int_handler)
         tqdm.write("Stopping    after this step; once more to stop at once", sys.stderr)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
     return requests
-
-
-def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
-    """The `Config` of a command line, of which every field is a flag, and whether to resume."""
-    parser = argparse.ArgumentParser(description="BuPO: (paper) [default]", usage=argparse.SUPPRESS)
-    for f in fields(Config):
-        text = f"{f.metadata['meaning']} [{f.default}]".replace("%", "%%")  # as argparse wants it
-        kind: Any = dict(type=type(f.default), metavar="")
-        if isinstance(f.default, bool):
-            kind = dict(action=argparse.BooleanOptionalAction)
-        name = "--" + f.name.replace("_", "-")
-        parser.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
-    parser.add_argument("--resume", metavar="", help="folder of a run; flags given change it")
-    given = vars(parser.parse_args(arguments))
-    run = given.pop("resume", None)
-    if run is None:
-        return configure(**given), False
-    if "out" in given or "model" in given:
-        raise UsageError("--resume takes neither --out nor --model: a run keeps its own.")
-    return Config(**{**read_settings(run), **given, "out": run}), True
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -1615,11 +1555,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         code, message = 130, "stopped"
-    except (UsageError, OSError, RuntimeError, MemoryError) as error:
+    except Exception as error:
         code, message = 2, str(error).rstrip(".")
-        if out_of_memory(error):
+        if re.search("out of memory|allocate memory|ALLOC_FAILED|MemoryError", repr(error)):
             message = "out of memory; lower --rollout-rows or --micro-batch-tokens"
-        elif isinstance(error, RuntimeError):
+        elif not isinstance(error, (UsageError, OSError)):
             raise  # a bug
     run = config.out if config and "--resume" not in message else ""
     if os.path.isdir(run) and checkpoints(Path(run)):

@@ -169,7 +169,7 @@ EXERCISES = {
         "gradient_of_the_formula or second_mini_batch or phase_1_moves",
         [
             ("rho always 1", "(logps, old_logps, a", "(logps, logps.detach(), a"),
-            ("rho is 1 in each mini-batch", "old[n][m]", "logps.detach(), None"),
+            ("rho is 1 in each mini-batch", "old[n][m]", "logps.detach()"),
             ("objective descended", "loss = -(weight", "loss = (weight"),
             ("phase 1 optimizes pi", CHOSEN, f"ids, mask, {TOP}"),
             ("phase 2 optimizes pi^2", CHOSEN, "ids, mask, 2"),
@@ -210,7 +210,7 @@ EACH = """for group in self.adam.param_groups:
 FREEZE = """model.to(device)
         model.requires_grad_(False)  # embeddings, norm and lm_head, too
         model.get_decoder().layers[LAYER - 1].requires_grad_(True)"""
-SCORE = "logps, entropies = score(micro, internal and n == 0)  # (N,) each"
+SCORE = "logps, of_policies = score(micro, internal)  # (N,) each"
 KEEP = f"""with keep_states(model, LAYER, {TOP}) as states:
                 {SCORE}"""
 LOSS = "loss = -(weight * surrogate).sum()"

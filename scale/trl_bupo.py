@@ -179,7 +179,7 @@ def trainer_config(config: Config, size: int, processes: int, vllm: str = "off")
 def train(config: Config, size: int, vllm: str, resume: bool) -> None:
     """Train as `config` says; --out gets settings.json, TRL's checkpoints and trainer_state.json.
     The last checkpoint is the model."""
-    processes, out = int(os.environ.get("WORLD_SIZE", 1)), Path(config.out)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     micro_batches(config, size, processes)  # before anything slow
     if not config.out:
         raise UsageError("Name a new or empty folder with --out.")
@@ -207,7 +207,7 @@ def train(config: Config, size: int, vllm: str, resume: bool) -> None:
     data = Dataset.from_list(rows)
     trainer = BuPOTrainer(model, reward, args, data, tokenizer)
     if trainer.is_world_process_zero():
-        bupo.write_settings(out, config, resume)
+        bupo.write_settings(config)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_state()
     trainer.accelerator.end_training()  # the processes part in good order
@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
         kind = dict(type=type(f.default), metavar="")
         if isinstance(f.default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
-        text = f"{f.metadata['meaning']} [{f.default}]".replace("%", "%%")  # as argparse wants it
+        text = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")  # as argparse wants it
         name = "--" + f.name.replace("_", "-")
         parser.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
     text = "sequences per process and pass [8]"
