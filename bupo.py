@@ -48,15 +48,15 @@ The letters, for tiny/ and for Qwen3-1.7B:
     D   numbers in a hidden state          64     2,048
     V   tokens in the vocabulary          102   151,936
     G   completions of a problem            8         8    a step: 32 problems, 256 completions
-        completions in a mini-batch       128        64    an update each: 2 or 4 a step
+        problems in a mini-batch           16         8    an update each: 2 or 4 a step
     B   completions in a micro-batch, that is, in one forward and backward pass
     T   tokens of the longest of them, prompt included; the others are padded
     N   completion tokens of a micro-batch: these are trained, those of prompts are not
 
-Why does pi^l learn from what pi wrote without an importance weight pi^l / pi? The paper gives no
-reason: it is a heuristic. Why are the sampler's log-probabilities not those of the old policy? In
-phase 1 they are of another policy; in phase 2 they are rounded differently, and rho would not begin
-at 1. Why not a long phase 1? The blocks above l go on reading a stream that changes under them.
+No importance weight pi^l / pi makes up for pi having written what pi^l learns from: the paper gives
+no reason, it is a heuristic. The sampler's log-probabilities do not serve as the old ones in rho:
+in phase 1 they are of pi, not of pi^l; in phase 2 they are rounded differently. Phase 1 is short,
+since the blocks above l go on reading a stream that changes under them: a long one ruins pi.
 
 On purpose, this file departs from the paper (P) or from the authors' code (C):
 
@@ -69,19 +69,19 @@ On purpose, this file departs from the paper (P) or from the authors' code (C):
 
 Equation and table numbers are those of the paper's version 3. The map:
 
-     1 Settings                 lines 130-186   Config
-     2 Internal policies        lines 189-271   internal_hidden, policy_logits, token_logps
-     3 Objective                lines 274-296   group_advantages, clipped_surrogate
-     4 Training                 lines 299-449   train, update
-     5 Rollouts                 lines 452-612   SlotCache, sample
-     6 Which layer              lines 615-676   residual_stream, boundary_layer
-     7 Masters                  lines 679-745   MasterAdamW
-     8 Evaluation               lines 748-773   evaluate
-    The storeroom, from line 776 on: you may stop there.
-     9 Reward                   lines 782-994   math_reward
-    10 Problems                 lines 997-1128  load_problems
-    11 Model                    lines 1131-1348  load_model, check_model, encode
-    12 Files and command line   lines 1351-1573  main
+     1 Settings                 lines 130-188   Config
+     2 Internal policies        lines 191-272   internal_hidden, policy_logits, token_logps
+     3 Objective                lines 275-297   group_advantages, clipped_surrogate
+     4 Training                 lines 300-450   train, update
+     5 Rollouts                 lines 453-614   SlotCache, sample
+     6 Which layer              lines 617-678   residual_stream, boundary_layer
+     7 Masters                  lines 681-747   MasterAdamW
+     8 Evaluation               lines 750-775   evaluate
+    The storeroom, from line 778 on: you may stop there.
+     9 Reward                   lines 784-996   math_reward
+    10 Problems                 lines 999-1130  load_problems
+    11 Model                    lines 1133-1350  load_model, check_model, encode
+    12 Files and command line   lines 1353-1575  main
 """
 
 from __future__ import annotations
@@ -151,8 +151,10 @@ class Config:
     # The method:
     internal_layer: str = setting("auto", "l of phase 1: a number, or auto (6 for Qwen3-4B)")
     internal_steps: int = setting(30, "steps of phase 1; 0: plain GRPO (30 or 20)")
-    internal_norm: Literal["final", "none"] = setting("final", "the norm in pi^l (both)")
-    loss_average: Literal["token", "sequence"] = setting("token", "what the loss averages (both)")
+    internal_norm: Literal["final", "none"] = setting(
+        "final", "norm in pi^l (the paper tries both)"
+    )
+    loss_average: Literal["token", "sequence"] = setting("token", "unit of the mean (sequence)")
     clip: float = setting(0.2, "clip ratio, epsilon (0.2)")
     # The recipe:
     steps: int = setting(300, "training steps; 0 only evaluates (300)")
@@ -255,9 +257,8 @@ def token_logps(
         chosen = logps.gather(-1, targets[:, None])[:, 0]  # (n,)
         return chosen, entropy(logps) if entropies else None
 
-    *chunks, last = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
+    chunks = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
     scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-    scored.append(score(*last))  # kept, not computed again: the backward pass begins with it
     logps, of_policies = zip(*scored, strict=True)
     return torch.cat(logps), torch.cat(of_policies) if entropies else None
 
@@ -316,7 +317,8 @@ def train(config: Config, resume: bool = False) -> Path:
     stop = stop_requests()
 
     def between_steps(step: int) -> None:
-        """After `step` steps: save, evaluate, and end here if the user has asked for it."""
+        """After `step` steps: save, evaluate, and end here if the user has asked for it. Saved
+        first, since --resume cuts the logs to the checkpoint and evaluates again."""
         last = step == config.steps
         evaluates = bool(held_out) and (last or step % config.eval_every == 0)
         if config.steps and (stop or last or evaluates or step % config.save_every == 0):
@@ -408,9 +410,8 @@ def update(
             if of_policies is not None:
                 entropies.append(of_policies)
             old_logps = old[n][m] if n else logps.detach()  # (N,); so at first rho = 1
-            times = lengths[micro]  # a completion's advantage and weight are those of its tokens
-            advantage = advantages[micro].repeat_interleave(times).to(logps)  # (N,)
-            weight = weights[micro].repeat_interleave(times).to(logps)  # (N,)
+            of = torch.tensor(micro).repeat_interleave(lengths[micro])  # (N,): whose token it is
+            advantage, weight = advantages[of].to(logps), weights[of].to(logps)  # (N,) each
             surrogate = clipped_surrogate(logps, old_logps, advantage, config.clip)  # (N,)
             loss = -(weight * surrogate).sum()
             loss.backward()
@@ -454,7 +455,7 @@ def micro_batches(sequences: Sequences, tokens: int, indices: Iterable[int]) -> 
 
 @dataclass
 class Completion:
-    """A sampled completion."""
+    """What pi wrote after a prompt."""
 
     ids: list[int] = field(default_factory=list)  # with the end token, if it came
     logps: list[float] = field(default_factory=list)  # as sampled, to check; not log pi_old
@@ -463,77 +464,17 @@ class Completion:
     prompt: list[int] = field(default_factory=list)
 
 
-class SlotCache:
-    """Keys and values of the sequences that are being decoded; transformers' attention calls
-    `update`. Row i, the i-th running sequence, owns slot i, and column t holds what belongs to its
-    token t. So sequences of different lengths need no left padding, and when a sequence ends,
-    another can have its slot. Columns beyond a row's last token hold leftovers, which the mask
-    hides until they are overwritten."""
-
-    def __init__(self, slots: int, columns: int):
-        self.slots, self.columns = slots, (columns // 16 + 1) * 16  # a multiple of 16 suits GPUs
-        self.blocks: list[list[Tensor]] = []  # keys, values: (slots, heads, columns, size) each
-
-    def begin_prompts(self, first: int, ids: Tensor) -> None:
-        """Next come all tokens of n prompts, ids (n, T), into slots `first` and on."""
-        self.position = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
-        self.rows = torch.arange(first, first + len(ids), device=ids.device)[:, None]  # (n, 1)
-        self.mask: Tensor | None = None  # attention is causal
-        self.read = slice(first, first + len(ids)), slice(None), slice(ids.shape[1])
-
-    def begin_tokens(self, position: Tensor, longest: int) -> None:
-        """Next comes a token of each of n rows, at position (n, 1), the largest being `longest`."""
-        width = (longest // 16 + 1) * 16
-        self.position = position
-        self.rows = torch.arange(len(position), device=position.device)[:, None]  # (n, 1)
-        beyond = torch.arange(width, device=position.device) > position  # (n, width)
-        mask = torch.zeros_like(beyond, dtype=self.blocks[0][0].dtype)  # (n, width)
-        self.mask = mask.masked_fill_(beyond, -math.inf)[:, None, None]  # (n, 1, 1, width)
-        self.read = slice(len(position)), slice(None), slice(width)
-
-    def update(self, key: Tensor, value: Tensor, block: int, *_: Any, **__: Any) -> list[Tensor]:
-        """Store keys and values (n, heads, T, size); returns those that can be attended to."""
-        if block == len(self.blocks):  # all memory is allocated here, once
-            shapes = [(self.slots, x.shape[1], self.columns, x.shape[3]) for x in (key, value)]
-            self.blocks.append([key.new_zeros(shape) for shape in shapes])
-        for store, x in zip(self.blocks[block], (key, value), strict=True):
-            # Indexed by rows (n, 1) and columns (n or 1, T): the left side is (n, T, heads, size).
-            store[self.rows, :, self.position] = x.transpose(1, 2)
-        return [store[self.read] for store in self.blocks[block]]
-
-    def copy(self, sources: list[int], targets: list[int]) -> None:
-        """Copy slots into others. All sources are read before a target is written."""
-        source, target = torch.tensor([sources, targets], device=self.rows.device)
-        for store in itertools.chain(*self.blocks):
-            store[target] = store[source]
-
-
-def read_prompts(model: Model, prompts: list[list[int]], cache: SlotCache, first: int) -> Tensor:
-    """Read the first n prompts, equal ones once, into the slots `first` and on. n: as many as fit,
-    of which at most slots / 8 differ, since reading takes memory. Returns the hidden states (n, D)
-    of their last tokens."""
-    slot_of: dict[tuple[int, ...], int] = {}  # of each different prompt: 0..k-1, counted from first
-    slots: list[int] = []  # the same for each prompt: prompts A A B give 0 0 1
-    for prompt in map(tuple, prompts[: cache.slots - first]):
-        if prompt not in slot_of and len(slot_of) == max(1, cache.slots // 8):
-            break
-        slots.append(slot_of.setdefault(prompt, len(slot_of)))
-    ids, _ = pad([(list(prompt), []) for prompt in slot_of], model.device)  # (k, T)
-    cache.begin_prompts(first, ids)
-    hidden = internal_hidden(model, ids, len(model.get_decoder().layers), cache)  # (k, T, D)
-    cache.copy([first + slot for slot in slots], list(range(first, first + len(slots))))
-    last = [len(prompt) - 1 for prompt in slot_of]
-    return hidden[slots, [last[slot] for slot in slots]]
-
-
-def draw(logps: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A token (n,) for each row of log-probabilities (n, V): the first at which the cumulative
-    distribution passes a uniform number. float64 keeps rare tokens possible; torch.multinomial
-    would need n * V random numbers and takes at most 2^24 tokens."""
-    cumulative = logps.exp().double().cumsum(-1)  # (n, V)
-    uniform = torch.empty_like(cumulative[:, :1]).uniform_(generator=generator)  # (n, 1)
-    tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (n, 1)
-    return tokens[:, 0].clamp_(max=logps.shape[-1] - 1)
+def rollout(
+    model: Model, tokenizer: Tokenizer, batch: list[Problem], config: Config, purpose: str
+) -> list[Completion]:
+    """A completion of each problem from pi, drawn as the seed and the purpose say."""
+    prompts = [encode(tokenizer, problem) for problem in batch]
+    end_ids = end_tokens(model, tokenizer)
+    rows = rollout_rows(model, max(map(len, prompts)), config)
+    stream, most = random_stream(model.device, config.seed, purpose), config.max_new_tokens
+    completions = sample(model, prompts, most, end_ids, config.temperature, rows, stream, purpose)
+    torch.cuda.empty_cache()  # an update needs blocks of other sizes
+    return completions
 
 
 @torch.no_grad()
@@ -554,7 +495,7 @@ def sample(
     end_ids, num_layers = set(eos_ids), len(model.get_decoder().layers)
     completions = [Completion(prompt=prompt) for prompt in prompts]
     cache = SlotCache(min(rows, len(prompts)), max(map(len, prompts), default=0) + max_new_tokens)
-    running, waiting = completions[:0], completions  # running: one in each row
+    running, waiting = completions[:0], completions  # running: n, one in each row, that is, slot
     hidden = model.get_input_embeddings().weight[:0]  # (n, D), of the last token of each row
     progress = tqdm(total=len(prompts), desc=bar, leave=False, disable=not bar)
     while running or waiting:
@@ -571,7 +512,7 @@ def sample(
         chosen = logps.gather(-1, tokens[:, None])[:, 0]  # (n,)
         drawn = torch.stack([tokens, chosen, entropy(logps)]).tolist()  # one transfer
         for c, token, logp, nats in zip(running, *drawn, strict=True):
-            c.ids.append(int(token))  # float32 is exact for ids
+            c.ids.append(int(token))  # exact in float32, up to 16 million
             c.logps.append(logp)
             c.entropies.append(nats)
             c.ended = token in end_ids
@@ -586,7 +527,7 @@ def sample(
         for gap, mover in zip(gaps, movers, strict=True):
             running[gap] = running[mover]
         progress.update(len(running) - n)
-        running, hidden = running[:n], hidden[:0]
+        running, hidden = running[:n], hidden[:0]  # hidden: none as yet
 
         # The others read the token that they have drawn.
         if running:
@@ -599,17 +540,78 @@ def sample(
     return completions
 
 
-def rollout(
-    model: Model, tokenizer: Tokenizer, batch: list[Problem], config: Config, purpose: str
-) -> list[Completion]:
-    """A completion of each problem from pi, drawn as the seed and the purpose say."""
-    prompts = [encode(tokenizer, problem) for problem in batch]
-    end_ids = end_tokens(model, tokenizer)
-    rows = rollout_rows(model, max(map(len, prompts)), config)
-    stream, most = random_stream(model.device, config.seed, purpose), config.max_new_tokens
-    completions = sample(model, prompts, most, end_ids, config.temperature, rows, stream, purpose)
-    torch.cuda.empty_cache()  # an update needs blocks of other sizes
-    return completions
+def draw(logps: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A token (n,) for each row of log-probabilities (n, V): the first at which the cumulative
+    distribution passes a uniform number. float64 keeps rare tokens possible; torch.multinomial
+    would need n * V random numbers."""
+    cumulative = logps.exp().double().cumsum(-1)  # (n, V)
+    uniform = torch.empty_like(cumulative[:, :1]).uniform_(generator=generator)  # (n, 1)
+    tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (n, 1)
+    return tokens[:, 0].clamp_(max=logps.shape[-1] - 1)
+
+
+def read_prompts(model: Model, prompts: list[list[int]], cache: SlotCache, first: int) -> Tensor:
+    """Read prompts into the slots from `first` on, until these are full or an eighth of all slots
+    has been read into, which takes memory. Equal prompts are read once, and their slot is copied.
+    Returns the hidden states (n, D) of the last tokens of the n prompts that are in."""
+    different: dict[tuple[int, ...], int] = {}  # prompts A A B: A is 0, B is 1
+    which: list[int] = []  # prompts A A B: 0 0 1
+    for prompt in map(tuple, prompts[: cache.slots - first]):
+        if prompt not in different and len(different) == max(1, cache.slots // 8):
+            break
+        which.append(different.setdefault(prompt, len(different)))
+    ids, _ = pad([(list(prompt), []) for prompt in different], model.device)  # (k, T)
+    cache.begin_prompts(first, ids)
+    hidden = internal_hidden(model, ids, len(model.get_decoder().layers), cache)  # (k, T, D)
+    cache.copy([first + i for i in which], list(range(first, first + len(which))))
+    last = [len(prompt) - 1 for prompt in different]
+    return hidden[which, [last[i] for i in which]]  # (n, D)
+
+
+class SlotCache:
+    """Keys and values of the sequences being decoded. The i-th running sequence owns slot i, and
+    column t holds what belongs to its token t. So sequences of different lengths need no left
+    padding, and when one ends, another can have its slot. Columns beyond its last token hold
+    leftovers, which the mask hides until they are overwritten. Before a forward pass one calls
+    begin_prompts or begin_tokens; `internal_hidden` reads position and mask; transformers'
+    attention calls `update`."""
+
+    def __init__(self, slots: int, columns: int):
+        self.slots, self.columns = slots, (columns // 16 + 1) * 16  # a multiple of 16 suits GPUs
+        self.blocks: list[list[Tensor]] = []  # keys, values: (slots, heads, columns, size) each
+
+    def begin_prompts(self, first: int, ids: Tensor) -> None:
+        """Next come all tokens of n prompts, ids (n, T), into slots `first` and on."""
+        self.position = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+        self.slot = torch.arange(first, first + len(ids), device=ids.device)[:, None]  # (n, 1)
+        self.mask: Tensor | None = None  # attention is causal
+        self.read = slice(first, first + len(ids)), slice(None), slice(ids.shape[1])
+
+    def begin_tokens(self, position: Tensor, longest: int) -> None:
+        """Next comes a token of each of n sequences, at position (n, 1), at most `longest`."""
+        width = (longest // 16 + 1) * 16  # columns that are read
+        self.position = position
+        self.slot = torch.arange(len(position), device=position.device)[:, None]  # (n, 1)
+        beyond = torch.arange(width, device=position.device) > position  # (n, width)
+        mask = torch.zeros_like(beyond, dtype=self.blocks[0][0].dtype)  # (n, width)
+        self.mask = mask.masked_fill_(beyond, -math.inf)[:, None, None]  # (n, 1, 1, width)
+        self.read = slice(len(position)), slice(None), slice(width)
+
+    def update(self, key: Tensor, value: Tensor, block: int, *_: Any, **__: Any) -> list[Tensor]:
+        """Store keys and values (n, heads, T, size); returns those that can be attended to."""
+        if block == len(self.blocks):  # all memory is allocated here, once
+            shapes = [(self.slots, x.shape[1], self.columns, x.shape[3]) for x in (key, value)]
+            self.blocks.append([key.new_zeros(shape) for shape in shapes])
+        for store, x in zip(self.blocks[block], (key, value), strict=True):
+            # Indexed by slot (n, 1) and position (n or 1, T), the left side is (n, T, heads, size).
+            store[self.slot, :, self.position] = x.transpose(1, 2)
+        return [store[self.read] for store in self.blocks[block]]
+
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        """Copy slots into others. All sources are read before a target is written."""
+        source, target = torch.tensor([sources, targets], device=self.slot.device)
+        for store in itertools.chain(*self.blocks):
+            store[target] = store[source]
 
 
 # 6 Which layer ====================================================================================
