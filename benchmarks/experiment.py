@@ -220,7 +220,7 @@ def draw(tables: dict[str, Table]) -> None:
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=title, xlabel="accuracy minus GRPO's, points")
         axis.invert_yaxis()
-    figure.suptitle("A dot a pair (base model 0 blue, 1 red); black: mean, two standard errors")
+    figure.suptitle("A dot a pair (base model 0 blue, 1 red),\nblack: mean, two standard errors")
     figure.savefig(ROOT / "assets" / "rivals.png", dpi=150)
 
 
@@ -255,7 +255,7 @@ def main() -> None:
     tables = {"60 steps": settings, "60 steps, one block alone": blocks, "150 steps": long}
     for title, table in tables.items():
         print_table(title, table)
-    if "picture" in args.part:
+    if "picture" in args.part and len(settings) > 1:
         draw({title: table for title, table in tables.items() if len(table) > 1})
 
 
