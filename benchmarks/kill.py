@@ -2,30 +2,29 @@
 
     python benchmarks/kill.py        # or with the number of kills
 
-The kills take turns: at a random moment of the first ten seconds; some steps later, in a rollout,
-an update, a log line or an evaluation; and, some steps later too, while a checkpoint is being
-written. A run that is killed before its first checkpoint begins again.
+The kills take turns: at a random moment of the first ten seconds; some steps later; and, some steps
+later too, while a checkpoint is being written. A run without a checkpoint begins again.
 """
 
 import json
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from typing import Any
 
 BUPO = Path(__file__).parent.parent / "bupo.py"
 SETTINGS = "--steps 300 --save-every 1 --keep 2 --eval-every 50 --eval-problems 8"
 SETTINGS += " --prompts-per-step 4 --mini-batch 2"
+UNFINISHED = ".checkpoint.tmp"  # a checkpoint that is being written, or was at a kill
 CLOCK = {"rollout_tokens_per_s", "update_tokens_per_s", "peak_memory_gb", "seconds"}
 
 
-def start(arguments: str) -> subprocess.Popen:
-    command = [sys.executable, BUPO, *arguments.split()]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def start(flags: str) -> Popen:
+    return Popen([sys.executable, BUPO, *flags.split()], stdout=DEVNULL, stderr=DEVNULL)
 
 
 def last_checkpoint(run: Path) -> int:
@@ -33,37 +32,23 @@ def last_checkpoint(run: Path) -> int:
     return max((int(folder.name[11:]) for folder in run.glob("checkpoint-*")), default=-1)
 
 
-def inside_checkpoint(run: Path, began: float) -> bool:
-    """Whether a checkpoint is being written, or was when the process that began then was killed;
-    what a process before it left may still be there, but is older."""
-    try:
-        return (run / ".checkpoint.tmp").stat().st_mtime > began
-    except FileNotFoundError:
-        return False
-
-
-def kill(process: subprocess.Popen, run: Path, where: str, rng: random.Random) -> bool:
-    """Kill the process there, unless it ends before; whether a checkpoint was being written."""
-    last, began = last_checkpoint(run), time.time()
-    steps = 0 if where == "start" else rng.randint(1, 9)
-    wait = {"start": 10.0, "later": 0.5, "checkpoint": 0.0}[where]
-    while process.poll() is None:
-        if last_checkpoint(run) - last >= steps and (wait or inside_checkpoint(run, began)):
-            time.sleep(rng.uniform(0, wait))
-            break
+def wait(process: Popen, run: Path, where: str, rng: random.Random) -> None:
+    """Until it is time to kill the process, or until it ends."""
+    step = last_checkpoint(run) + rng.randint(1, 9)
+    while where != "start" and process.poll() is None and last_checkpoint(run) < step:
         time.sleep(0.0005)
-    process.kill()
-    process.wait()
-    return inside_checkpoint(run, began)
+    while where == "checkpoint" and process.poll() is None and not (run / UNFINISHED).exists():
+        time.sleep(0.0005)
+    time.sleep(rng.uniform(0, {"start": 10, "later": 0.5, "checkpoint": 0}[where]))
 
 
 def content(run: Path) -> dict[str, Any]:
     """The metrics without what a clock measured, the completions and the weights."""
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    untimed = [{name: line[name] for name in line.keys() - CLOCK} for line in metrics]
-    last = run / f"checkpoint-{last_checkpoint(run)}" / "model.safetensors"
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{name: line[name] for name in line.keys() - CLOCK} for line in log]
+    weights = (run / f"checkpoint-{last_checkpoint(run)}" / "model.safetensors").read_bytes()
     completions = (run / "completions.jsonl").read_bytes()
-    return dict(metrics=untimed, completions=completions, weights=last.read_bytes())
+    return dict(metrics=metrics, completions=completions, weights=weights)
 
 
 def main(kills: int) -> None:
@@ -77,7 +62,10 @@ def main(kills: int) -> None:
         process = start(f"--out {wild} {SETTINGS}" if begin_again else f"--resume {wild}")
         if n < kills:
             where = ("start", "later", "checkpoint")[n % 3]
-            inside += kill(process, wild, where, rng)
+            wait(process, wild, where, rng)
+            process.kill()
+            process.wait()
+            inside += where != "start" and (wild / UNFINISHED).exists()  # and not an older one's
             print(f"kill {n + 1}, {where}: last checkpoint {last_checkpoint(wild)}", flush=True)
     process.wait()
     ours, theirs = content(wild), content(calm)

@@ -1,7 +1,6 @@
 """Which card for which model: the bytes that bupo.py needs, counted tensor by tensor.
 
-    python benchmarks/memory.py            # the table; any flag of bupo.py may be added
-    python benchmarks/memory.py --check    # small models here: what torch allocates, and the count
+    python benchmarks/memory.py    # any flag of bupo.py may be added
 
 The count is of bfloat16 and of the worst case: prompts and completions of full length. It leaves
 out numbers of which there is one per token, and what only CUDA knows: its context, fragments.
@@ -9,18 +8,15 @@ out numbers of which there is one per token, and what only CUDA knows: its conte
 
 import itertools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 import transformers
-from torch.profiler import ProfilerActivity, profile
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import bupo
 
 CARDS, USABLE = (12, 16, 24, 48, 80), 0.97 * 2**30  # GB as sold; bytes of one that torch sees
@@ -65,7 +61,6 @@ def update(c: Any, size: int, beside: bool, micro_batch: int, config: bupo.Confi
     length = config.max_prompt_tokens + config.max_new_tokens
     rows = max(1, micro_batch // length)
     tokens, scored = rows * length, rows * config.max_new_tokens
-    gradients = 4 * size * beside
     kept = 2 * tokens * hidden * c.num_hidden_layers
     head, states = 2 * words * hidden, 2 * scored * hidden
     chunk = min(bupo.HEAD_TOKENS, scored) * words
@@ -74,25 +69,32 @@ def update(c: Any, size: int, beside: bool, micro_batch: int, config: bupo.Confi
     block = 2 * tokens * (4 * hidden + 3 * queries + 3 * keys + 6 * ffn)
     tied = head * c.tie_word_embeddings  # the head's gradient waits for that of the embeddings
     end = 2 * tokens * hidden + head + 2 * tied
-    return gradients + max(kept + states + max(log_softmax, product), kept + block + tied, end)
+    most = max(kept + states + max(log_softmax, product), kept + block + tied, end)
+    return 4 * size * beside + most  # with the masters' gradients
+
+
+def chosen(
+    c: Any, weights: list, masters: str, moments: bool, free: int, config: bupo.Config
+) -> tuple[int, int]:
+    """The tokens of a micro-batch and the rows that bupo.py takes if a GPU has this much free."""
+    model = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=c)
+    optimizer = SimpleNamespace(device=torch.device(masters), masters=weights)
+    optimizer.adam = SimpleNamespace(state=set(weights) if moments else set())
+    with mock.patch.object(torch.cuda, "mem_get_info", return_value=(free, 0)):
+        tokens = bupo.micro_batch_tokens(model, optimizer, c.num_hidden_layers, config)
+        return tokens, bupo.rollout_rows(model, config.max_prompt_tokens, config)
 
 
 def plan(name: str, card: int, config: bupo.Config) -> str:
     """A line of the table: what bupo.py chooses on this card, and what that needs."""
-    c, total = qwen3(SHAPES[name], tied=name != "Qwen3-8B"), card * USABLE
+    c, total = qwen3(SHAPES[name], tied=name != "Qwen3-8B"), card * USABLE - CONTEXT
     with torch.device("meta"):
         weights = list(transformers.Qwen3ForCausalLM(c).parameters())
     size = sum(weight.numel() for weight in weights)
-    beside = 18 * size <= (total - CONTEXT) / 2  # as MasterAdamW decides
+    beside = 18 * size <= total / 2  # as MasterAdamW decides
     always = (2 + 12 * beside) * size  # weights; masters and two moments
-    free = total - CONTEXT - always
-    model = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=c)
-    adam = SimpleNamespace(state=set(weights))  # the moments are there
-    masters = torch.device("cuda" if beside else "cpu")
-    optimizer = SimpleNamespace(device=masters, masters=weights, adam=adam)
-    with mock.patch.object(torch.cuda, "mem_get_info", return_value=(int(free), 0)):
-        tokens = bupo.micro_batch_tokens(model, optimizer, c.num_hidden_layers, config)
-        rows = bupo.rollout_rows(model, config.max_prompt_tokens, config)
+    free = int(total - always)
+    tokens, rows = chosen(c, weights, "cuda" if beside else "cpu", True, free, config)
     rows = min(rows, config.prompts_per_step * config.group_size)
     takes = update(c, size, beside, tokens, config)
     if takes > SPARE * free:
@@ -104,42 +106,9 @@ def plan(name: str, card: int, config: bupo.Config) -> str:
     return f"| {name} | {card} | {where} | {rows} | {tokens:,} | {needs:.1f} | {ram:.0f} |"
 
 
-def measured(work: Callable[[], object]) -> int:
-    """The most bytes that torch gave out on the CPU in work(), beyond what it had given out."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        work()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events))
-
-
-def check() -> None:
-    """Print what a rollout and an update of a small random model take, measured and counted."""
-    c = qwen3((256, 8192, 2, 8), words=16000)
-    model = transformers.Qwen3ForCausalLM(c).eval()
-    bupo.check_model(model)
-    optimizer = bupo.MasterAdamW(model, torch.device("cpu"), torch.bfloat16, "auto")
-    size = dict(max_prompt_tokens=112, max_new_tokens=16, prompts_per_step=2, mini_batch=2)
-    config = bupo.Config("x/y", **size, micro_batch_tokens="1024")
-    prompts = [[i // 8, *range(111)] for i in range(16)]
-    rest = [(p, list(range(16))) for p in prompts], torch.tensor([1.0, -1.0] * 8), 2, 1e-6, config
-    bupo.update(model, optimizer, *rest)  # makes the moments
-    sampled = measured(lambda: bupo.sample(model, prompts, 16, set(), rows=16))
-    updated = measured(lambda: bupo.update(model, optimizer, *rest))
-    counts = rollout(c, 16, config), update(c, model.num_parameters(), False, 1024, config)
-    for name, got, count in zip(("rollout", "update"), (sampled, updated), counts, strict=True):
-        print(f"{name}: {got / 1e6:.2f} MB, {count / got:.3f} counted")
-
-
-def main() -> None:
-    if "--check" in sys.argv:
-        return check()
+if __name__ == "__main__":
     config, _ = bupo.parse(["--model", "Qwen/Qwen3-1.7B", *sys.argv[1:]])
     print("| model | card, GB | masters on | rows | tokens | needs, GB | RAM, GB |")
     print(7 * "| --- " + "|")
     for name, card in itertools.product(SHAPES, CARDS):
         print(plan(name, card, config))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,19 +1,17 @@
-"""How fast and how lean bupo.py is: ratios, each measured in one run, beside the least they can be.
+"""How fast and how lean bupo.py is, as ratios, each measured in one run.
 
     python benchmarks/speed.py --model FOLDER             # a real model, such as SmolLM2-135M
     python benchmarks/speed.py --only growth --turns 1    # does it run?
 
-What is compared works in turn, A B A B ..., so that a busy machine slows both; a line is the median
-of the turns and their range. On a GPU all of it computes in bfloat16, as bupo.py does.
+What is compared works in turn, A B A B ..., so that a busy machine slows both; a ratio is the
+median of the turns, with their range. On a GPU all computes in bfloat16.
 """
 
 import argparse
-import gc
 import itertools
 import multiprocessing
 import random
 import re
-import statistics
 import sys
 import tempfile
 import time
@@ -21,37 +19,43 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
+from typing import Any
 from unittest import mock
 
-import rivals  # which finds bupo.py
 import torch
 import transformers
-from rivals import DEVICE, DTYPE, GPU
+from torch import Tensor
 
-import bupo
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-FOLDERS: list[tempfile.TemporaryDirectory] = []  # vanish with the process
-SUMS = str(Path(bupo.__file__).with_name("tiny") / "train.jsonl")
+import bupo  # noqa: E402
+
+DEVICE, DTYPE = bupo.choose_device(bupo.Config())
+GPU = DEVICE.type == "cuda"
+SUMS = str(ROOT / "tiny" / "train.jsonl")
+UPDATE = bupo.update
 SPAWN = multiprocessing.get_context("spawn")
+FOLDERS: list[tempfile.TemporaryDirectory] = []  # vanish with the process
 TQDM = bupo.tqdm  # whose bars, and what bupo.py tells by it, would break the table
 bupo.tqdm = mock.Mock(side_effect=lambda *given, **how: TQDM(*given, **how | dict(disable=True)))
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-def memory(peak: bool = False) -> float:
-    """Bytes in use now, or at most since a `Turn` began: allocated on a GPU, else resident."""
+def peak_memory() -> float:
+    """MiB that this process has had at most: allocated on a GPU, else resident."""
     if GPU:
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    status, name = Path("/proc/self/status").read_text(), "VmHWM" if peak else "VmRSS"
-    return 1024.0 * int(re.findall(rf"{name}:\s+(\d+)", status)[0])
+        return torch.cuda.max_memory_allocated() / 2**20
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**10
 
 
 class Turn:
     """A process that is told to begin each piece of work; then it tells seconds and peak memory."""
 
     def __init__(self, pipe: Connection, work: Callable[["Turn"], None]):
-        self.pipe, self.idle = pipe, memory()
+        self.pipe, self.idle = pipe, peak_memory()
         work(self)
 
     def begin(self) -> None:
@@ -59,18 +63,12 @@ class Turn:
             self.pipe.recv()
         except EOFError:
             sys.exit()  # there are no more turns
-        gc.collect()
-        if GPU:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
         self.began = time.perf_counter()
 
     def end(self) -> None:
         if GPU:
             torch.cuda.synchronize()
-        taken = time.perf_counter() - self.began
-        self.pipe.send((taken, (memory(peak=True) - self.idle) / 2**20))
+        self.pipe.send((time.perf_counter() - self.began, peak_memory() - self.idle))
 
     def repeat(self, work: Callable[[], object]) -> None:
         while True:
@@ -80,38 +78,30 @@ class Turn:
 
 
 def measure(title: str, ways: dict[str, Callable[[Turn], None]], turns: int) -> None:
-    """Print seconds and peak memory of each way in each turn, A B A B ..., after one that warms up;
-    and what they are divided by those of the first way, turn by turn."""
+    """Print seconds and peak memory of each way, over turns A B A B ... after one that warms up,
+    and their ratios to those of the first way, turn by turn."""
     pipes, told = {}, {name: [] for name in ways}
     for name, work in ways.items():
         pipes[name], theirs = SPAWN.Pipe()
-        SPAWN.Process(target=Turn, args=(theirs, work)).start()
+        SPAWN.Process(target=Turn, args=(theirs, work), daemon=True).start()
         theirs.close()  # so that a process that fails ends the pipe
-    for _ in range(turns + 1):
-        for name in list(told):
-            try:
-                pipes[name].send("go")
-                told[name].append(pipes[name].recv())
-            except (EOFError, OSError):
-                print(f"{name} failed; its error stands above")
-                del told[name]
+    for _, name in itertools.product(range(turns + 1), ways):
+        pipes[name].send(True)
+        told[name].append(pipes[name].recv())
     for pipe in pipes.values():
         pipe.close()
     for process in multiprocessing.active_children():
         process.join()
-    for i, (what, unit) in enumerate((("time", "s"), ("peak memory", "MiB"))):
-        values = {name: [turn[i] for turn in found[1:]] for name, found in told.items()}
-        for name, found in values.items():
-            line(f"{title}: {name}, {what}", found, unit)
-        for first, other in itertools.product(list(values)[:1], list(values)[1:]):
-            ratios = [a / b for a, b in zip(values[other], values[first], strict=True)]
-            line(f"{title}: {other} / {first}, {what}", ratios, "x")
-
-
-def line(what: str, values: list[float], unit: str) -> None:
-    """Print a line of the table: the median of the values and their range."""
-    median, *ends = (f"{f(values):.3g}" for f in (statistics.median, min, max))
-    print(f"{what:64}{median:>8} {unit:4}{'-'.join(ends) if len(values) > 1 else ''}", flush=True)
+    first, *_ = ways
+    for name in ways:
+        print(f"{title}: {name}", end="")
+        for i, unit in enumerate(("s", "MiB")):
+            values, base = ([turn[i] for turn in told[way][1:]] for way in (name, first))
+            ratios = [a / b for a, b in zip(values, base, strict=True)]
+            print(f", {median(values):.4g} {unit}", end="")
+            if name != first:
+                print(f" = {median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})", end="")
+        print(flush=True)
 
 
 def small_qwen3(layers: int = 8, hidden: int = 256, vocabulary: int = 8192) -> str:
@@ -127,8 +117,71 @@ def small_qwen3(layers: int = 8, hidden: int = 256, vocabulary: int = 8192) -> s
     return FOLDERS[-1].name
 
 
-def random_tokens(count: int, length: int) -> list[list[int]]:
-    return torch.randint(2048, (count, length), generator=torch.Generator()).tolist()
+def plain_model(folder: str, dtype: torch.dtype) -> Any:
+    """The model as transformers has it, without a checkpoint's top-k and top-p."""
+    how = dict(dtype=dtype, attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how).to(DEVICE)
+    model.generation_config = transformers.GenerationConfig()
+    return model.eval()
+
+
+def bupo_steps(turn: Turn, folder: str, problems: list, size: dict, update: Any = None) -> None:
+    """Steps of `bupo.train`, GRPO unless `size` says more; with `update` only that part of a step
+    counts, done by this function. Rewards are 0, 1, 0, 1, ..., and no token is an end."""
+    rewards, draw = itertools.cycle((0.0, 1.0)), bupo.problems_of_step
+
+    def timed_update(*given: Any) -> Any:
+        turn.begin()
+        metrics = update(*given)
+        turn.end()
+        return metrics
+
+    if update:
+        bupo.update, bupo.log = timed_update, lambda *_: None
+    else:
+        bupo.problems_of_step = lambda *given: turn.begin() or draw(*given)
+        bupo.log = lambda *_: turn.end()
+    bupo.load_problems = lambda _, limit, *__: problems[:limit]
+    bupo.math_reward, bupo.end_tokens = lambda *_: next(rewards), lambda *_: set()
+    bupo.save_checkpoint = lambda *_: None
+    how = dict(internal_steps=0, eval_problems=0, gradient_checkpointing=False) | size
+    with tempfile.TemporaryDirectory() as out:
+        bupo.train(bupo.Config(folder, **how, max_prompt_tokens=256, out=out))
+
+
+def trl_steps(turn: Turn, folder: str, problems: list, size: dict) -> None:
+    """The same steps by TRL's GRPOTrainer."""
+    import datasets
+    import trl
+
+    updates, tokens = size["prompts_per_step"] // size["mini_batch"], size["max_new_tokens"]
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        assert all(len(ids) == tokens for ids in completion_ids)
+        return [float(i % 2) for i in range(len(completion_ids))]
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            return None if state.global_step % updates else turn.begin()
+
+        def on_step_end(self, args, state, control, **_):
+            return None if state.global_step % updates else turn.end()
+
+    how = dict(num_generations=size["group_size"], max_completion_length=tokens)
+    how |= dict(steps_per_generation=updates, max_steps=updates * size["steps"])
+    how["per_device_train_batch_size"] = size["mini_batch"] * size["group_size"]
+    how |= dict(beta=0.0, loss_type="bnpo", top_k=0, learning_rate=1e-6)  # as ours
+    how |= dict(generation_kwargs=dict(min_new_tokens=tokens), gradient_checkpointing=False)
+    how |= dict(bf16=DTYPE.itemsize == 2, use_cpu=not GPU, report_to="none", disable_tqdm=True)
+    with tempfile.TemporaryDirectory() as out:
+        trl.GRPOTrainer(
+            model=plain_model(folder, torch.float32),
+            reward_funcs=reward,
+            args=trl.GRPOConfig(out, **how, save_strategy="no", logging_strategy="no"),
+            train_dataset=datasets.Dataset.from_list([dict(prompt=p.messages) for p in problems]),
+            processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+            callbacks=[Clock()],
+        ).train()
 
 
 def step(args: argparse.Namespace, models: dict[str, str]) -> None:
@@ -138,19 +191,19 @@ def step(args: argparse.Namespace, models: dict[str, str]) -> None:
         _, tokenizer = bupo.load_model(folder)
         source, half = (SUMS, 2) if name == "Qwen3" else (args.dataset, 1)
         problems = bupo.load_problems(source, 100)
-        problems = [p for p in problems if len(bupo.encode(tokenizer, p)) <= 256]
-        s = dict(model=folder, problems=[(p.messages, p.answer) for p in problems[: 2 * half]])
-        s |= dict(prompts_per_step=2 * half, group_size=4, mini_batch=half, tokens=32 * half)
-        s["steps"] = args.turns + 1
-        ways = {"bupo": partial(rivals.bupo_steps, s=s)}
-        for way in ("TRL", "TRL, continuous batching"):
-            ways[way] = partial(rivals.trl_steps, s=s, continuous=way != "TRL")
+        problems = [p for p in problems if len(bupo.encode(tokenizer, p)) <= 256][: 2 * half]
+        size = dict(prompts_per_step=2 * half, group_size=4, mini_batch=half)
+        size |= dict(max_new_tokens=32 * half, steps=args.turns + 1)
+        given = dict(folder=folder, problems=problems, size=size)
+        ways = dict(bupo=partial(bupo_steps, **given), TRL=partial(trl_steps, **given))
         measure(f"{name}, step", ways, args.turns)
 
 
-def by_bupo(model: bupo.Model, prompts: list[list[int]], lengths: list[int]) -> list[int]:
+def bupo_rollouts(turn: Turn, folder: str, prompts: list, lengths: list[int]) -> None:
     """`bupo.sample`, where completion i ends after lengths[i] tokens."""
-    left = iter(lengths)
+    model, _ = bupo.load_model(folder)
+    bupo.MasterAdamW(model, DEVICE, DTYPE, "cpu")  # which moves and converts the model
+    left = itertools.cycle(lengths)
 
     class Ending(bupo.Completion):
         ended = property(lambda self: len(self.ids) >= self.length, lambda self, value: None)
@@ -159,23 +212,21 @@ def by_bupo(model: bupo.Model, prompts: list[list[int]], lengths: list[int]) -> 
             self.length = next(left)
             super().__init__(prompt=prompt)
 
-    with mock.patch.object(bupo, "Completion", Ending):
-        found = bupo.sample(model, prompts, max(lengths), set(), rows=len(prompts))
-    return [len(c.ids) for c in found]
-
-
-def sampling(turn: Turn, way: Callable, folder: str, prompts: list, lengths: list[int]) -> None:
-    if way is by_bupo:
-        model, _ = bupo.load_model(folder)
-        bupo.MasterAdamW(model, DEVICE, DTYPE, "cpu")  # which moves and converts the model
-    else:  # the model as transformers has it
-        model = rivals.plain_model(folder, DTYPE)
-
     def work() -> None:
-        if way(model, prompts, lengths) != lengths:
-            raise RuntimeError(f"{way} gave completions of other lengths than asked for.")
+        found = bupo.sample(model, prompts, max(lengths), set(), rows=len(prompts))
+        assert [len(c.ids) for c in found] == lengths
 
+    bupo.Completion = Ending
     turn.repeat(work)
+
+
+def generate_rollouts(turn: Turn, folder: str, prompts: list, lengths: list[int]) -> None:
+    """`model.generate`, left-padded, where all rows go on until the longest is done."""
+    model, width = plain_model(folder, DTYPE), max(map(len, prompts))
+    rows = [([0] * (width - len(p)) + p, [0] * (width - len(p)) + [1] * len(p)) for p in prompts]
+    ids, mask = torch.tensor(rows, device=DEVICE).unbind(1)  # (n, T) each
+    how = dict(attention_mask=mask, max_new_tokens=max(lengths), pad_token_id=0)
+    turn.repeat(lambda: model.generate(ids, **how, do_sample=True, top_k=0, top_p=1.0))
 
 
 def rollouts(args: argparse.Namespace, models: dict[str, str]) -> None:
@@ -185,64 +236,57 @@ def rollouts(args: argparse.Namespace, models: dict[str, str]) -> None:
     draw = random.Random(0)
     lengths = [round(8 * 10 ** draw.random()) for _ in range(32)]
     problems = bupo.load_problems(args.dataset, 8)
-    prompts = [ids for p in problems for ids in [bupo.encode(tokenizer, p)] * 4]
-    ways = {"bupo": by_bupo, "continuous batching": rivals.by_continuous_batching}
-    for cache in ("dynamic", "static"):
-        ways[f"generate, {cache} cache"] = partial(rivals.by_generate, cache=cache)
+    prompts = [bupo.encode(tokenizer, p) for p in problems for _ in range(4)]
     given = dict(folder=folder, prompts=prompts, lengths=lengths)
-    works = {said: partial(sampling, way=way, **given) for said, way in ways.items()}
-    measure(f"{name}, rollouts", works, args.turns)
+    ways = dict(bupo=partial(bupo_rollouts, **given), generate=partial(generate_rollouts, **given))
+    measure(f"{name}, rollouts", ways, args.turns)
 
 
-def training(
-    turn: Turn, folder: str, problems: int, tokens: int, share: int, way: Callable, drawn: bool
-) -> None:
-    """Updates at l = L / share on groups of 2, in two mini-batches; `drawn`: after a rollout."""
-    model, _ = bupo.load_model(folder)
-    optimizer = bupo.MasterAdamW(model, DEVICE, DTYPE, "auto")
-    size = dict(prompts_per_step=problems, group_size=2, mini_batch=problems // 2)
-    config = bupo.Config("x/y", gradient_checkpointing=False, micro_batch_tokens="4096", **size)
-    layer, advantages = len(model.get_decoder().layers) // share, torch.tensor([1, -1.0] * problems)
-    prompts = [p for p in random_tokens(problems, tokens) for _ in range(2)]
-    completions = random_tokens(2 * problems, tokens)
-
-    def work() -> None:
-        found = bupo.sample(model, prompts, tokens, set(), rows=32) if drawn else []
-        sequences = list(zip(prompts, [c.ids for c in found] or completions, strict=True))
-        way(model, optimizer, sequences, advantages, layer, 1e-6, config)
-
-    turn.repeat(work)
+def authors_logps(model, ids: Tensor, mask: Tensor, layer: int, *rest: Any) -> tuple[Tensor, ...]:
+    """log pi^l (N,) as in their code: all blocks, all hidden states, both full logit matrices.
+    `bupo.update` also logs entropies: zeros in their place cost nothing."""
+    out = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    internal = bupo.policy_logits(model, out.hidden_states[layer])  # (B, T, V)
+    both = [logits.float() for logits in (out.logits, internal)]  # pi's go unused
+    logps = both[1][:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]  # (B, T-1)
+    logps = logps[mask[:, 1:]]  # (N,)
+    return logps, torch.zeros_like(logps)
 
 
-def ceiling(folder: str) -> float:
-    """The most operations that an update at L takes of one at L/5, counted: products with the
-    blocks' weights and, for half of the tokens, lm_head."""
-    model, _ = bupo.load_model(folder)
-    layers, head = model.get_decoder().layers, model.get_output_embeddings().weight.numel() / 2
-    blocks = sum(p.numel() for p in layers.parameters())
-    return (blocks + head) / (len(layers) // 5 / len(layers) * blocks + head)
+def authors_update(model, optimizer, sequences, advantages, layer, lr, config) -> dict:
+    """`bupo.update` their way, which scores the first mini-batch before its update, too."""
+    first = sequences[: config.mini_batch * config.group_size]
+    with torch.no_grad():
+        authors_logps(model, *bupo.pad(first, model.device), layer)
+    with mock.patch.object(bupo, "token_logps", authors_logps):
+        return UPDATE(model, optimizer, sequences, advantages, layer, lr, config)
 
 
 def phase1(args: argparse.Namespace, models: dict[str, str]) -> None:
     """Against an update of pi^l at l = L/5: one of pi, and one of pi^l the authors' way."""
+    steps = args.turns + 1
+    size = dict(prompts_per_step=4, group_size=2, mini_batch=2, max_new_tokens=64, steps=steps)
     for name, folder in (models | {"Qwen3": small_qwen3(15, 256, 151936)}).items():
-        run = partial(training, folder=folder, problems=4, tokens=64, drawn=False)
-        ways = {"L/5": partial(run, share=5, way=bupo.update)}
-        ways["L"] = partial(run, share=1, way=bupo.update)
-        ways["authors' L/5"] = partial(run, share=5, way=rivals.authors_update)
+        layers = transformers.AutoConfig.from_pretrained(folder).num_hidden_layers
+        size |= dict(internal_steps=steps, internal_layer=str(layers // 5))
+        run = partial(bupo_steps, folder=folder, problems=bupo.load_problems(SUMS, 4))
+        ways = {"L/5": partial(run, size=size, update=UPDATE)}
+        ways["L"] = partial(run, size=size | dict(internal_steps=0), update=UPDATE)
+        ways["authors' L/5"] = partial(run, size=size, update=authors_update)
         measure(f"{name}, update at l", ways, args.turns)
-        line(f"{name}, update at l: L / L/5, counted, at most", [ceiling(folder)], "x")
 
 
 def growth(args: argparse.Namespace, models: dict[str, str]) -> None:
-    """A rollout, at most 32 rows at once, and its update, with 1, 4 and 16 times the problems,
-    tokens (of prompts and of completions) or layers; attention takes up to the square of tokens."""
-    run = partial(training, share=1, way=bupo.update, drawn=True)
+    """A step of GRPO with 1, 4 and 16 times the problems, tokens of a completion, or layers."""
     for axis, least in dict(problems=4, tokens=32, layers=2).items():
         ways = {}
         for n in (least, 4 * least, 16 * least):
-            size = dict(problems=4, tokens=32, layers=2) | {axis: n}
-            ways[str(n)] = partial(run, folder=small_qwen3(size.pop("layers"), 128, 2048), **size)
+            scale = dict(problems=4, tokens=32, layers=2) | {axis: n}
+            folder, count = small_qwen3(scale["layers"], 128, 2048), scale["problems"]
+            size = dict(prompts_per_step=count, group_size=2, mini_batch=count // 2)
+            size |= dict(max_new_tokens=scale["tokens"], steps=args.turns + 1)
+            problems = bupo.load_problems(SUMS, count)
+            ways[str(n)] = partial(bupo_steps, folder=folder, problems=problems, size=size)
         measure(f"growth, {axis}", ways, args.turns)
 
 
@@ -256,10 +300,8 @@ def main() -> None:
     parser.add_argument("--dataset", default=SUMS, help="problems for it")
     parser.add_argument("--turns", type=int, default=6, help="of each way")
     args = parser.parse_args()
-    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    name = torch.cuda.get_device_name() if GPU else cpu[1] if cpu else "CPU"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{name}, {torch.get_num_threads()} threads, {DTYPE}, {versions}")
+    name = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, {DTYPE}, torch {torch.__version__}, transformers {transformers.__version__}")
     models = {"Qwen3": small_qwen3()} | ({Path(args.model).name: args.model} if args.model else {})
     for part in args.only:
         PARTS[part](args, models)

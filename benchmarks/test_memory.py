@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # memory.py adds the folder above
 
@@ -12,24 +11,17 @@ import torch
 
 import bupo
 
-GPU, CPU = torch.device("cuda"), torch.device("cpu")
-
 
 @pytest.mark.parametrize("name", memory.SHAPES)
-@pytest.mark.parametrize(("masters", "most"), [(GPU, 16384), (CPU, 32768)])
-def test_micro_batches_are_as_large_as_fit_by_the_count(monkeypatch, name, masters, most):
+@pytest.mark.parametrize(("masters", "most"), [("cuda", 16384), ("cpu", 32768)])
+def test_micro_batches_are_as_large_as_fit_by_the_count(name, masters, most):
     """Beside the gradients, and before the first step the moments, of masters on the GPU."""
     config = bupo.Config(max_prompt_tokens=1, max_new_tokens=255)
     c, numbers, found = memory.qwen3(memory.SHAPES[name], tied=name != "Qwen3-8B"), 10**9, []
-    model = SimpleNamespace(device=GPU, dtype=torch.bfloat16, config=c)
-    adam, master = SimpleNamespace(state={}), torch.empty(numbers, device="meta")
-    optimizer = SimpleNamespace(device=masters, masters=[master], adam=adam)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    beside, weights = masters == "cuda", [torch.empty(numbers, device="meta")]
     for free in range(10**9, 60 * 10**9, 10**8):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, 0))
-        tokens = bupo.micro_batch_tokens(model, optimizer, c.num_hidden_layers, config)
-        moments = 8 * numbers * (masters == GPU)
-        counted = moments + memory.update(c, numbers, masters == GPU, tokens, config)
+        tokens, _ = memory.chosen(c, weights, masters, False, free, config)
+        counted = 8 * numbers * beside + memory.update(c, numbers, beside, tokens, config)
         assert tokens == 4096 or counted <= 0.9 * free
         assert tokens in (4096, most) or counted >= 0.97 * 0.9 * free
         found.append(tokens)
