@@ -80,8 +80,8 @@ Equation and table numbers are those of the paper's version 3. The map:
     The storeroom, from line 778 on: you may stop there.
      9 Reward                   lines 784-996   math_reward
     10 Problems                 lines 999-1130  load_problems
-    11 Model                    lines 1133-1350  load_model, check_model, encode
-    12 Files and command line   lines 1353-1575  main
+    11 Model                    lines 1133-1356  load_model, check_model, encode
+    12 Files and command line   lines 1359-1581  main
 """
 
 from __future__ import annotations
@@ -1310,19 +1310,25 @@ def rollout_rows(model: Model, longest_prompt: int, config: Config) -> int:
 
 
 def micro_batch_tokens(model: Model, optimizer: MasterAdamW, layer: int, config: Config) -> int:
-    """--micro-batch-tokens; auto: as many as fit into free memory, at least 4,096 and at most
-    16,384, or 32,768 if gradients travel to a CPU (more would lose more time to padding)."""
+    """--micro-batch-tokens; auto: as many as fit into a GPU's free memory, at least 4,096 and at
+    most 16,384, or 32,768 if each micro-batch has to send its gradients to the CPU (still more
+    would lose more time to padding than they save)."""
     if config.micro_batch_tokens != "auto" or model.device.type == "cpu":
         return 16384 if config.micro_batch_tokens == "auto" else int(config.micro_batch_tokens)
-    c, size, most = model.config, model.dtype.itemsize, 32768
-    free = free_memory(model.device)
-    if optimizer.device == model.device:  # with gradients of masters, and moments yet to be made
+    free, most = free_memory(model.device), 32768
+    if optimizer.device.type == "cuda":  # then gradients of masters, and moments yet to be made
         most, made = 16384, optimizer.adam.state
         free -= sum((4 if master in made else 12) * master.numel() for master in optimizer.masters)
-    block = size * (13 * c.hidden_size + 6 * c.intermediate_size)  # of a token
+    c, size = model.config, model.dtype.itemsize  # bytes of a number
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    heads = head_dim * (c.num_attention_heads + c.num_key_value_heads)
+    block = size * (4 * c.hidden_size + 3 * heads + 6 * c.intermediate_size)  # of a token
     kept = layer * (size * c.hidden_size if config.gradient_checkpointing else block)  # of a token
-    head = c.vocab_size * (2 * size * c.hidden_size + 12 * HEAD_TOKENS)
-    return int(max(4096, min(most, (free - head) / (kept + block))))
+    head = size * c.vocab_size * c.hidden_size  # the gradient of lm_head
+    logits = 12 * HEAD_TOKENS * c.vocab_size  # log-probabilities and two gradients in float32
+    in_head = (free - head - max(logits, 2 * head)) / (kept + size * c.hidden_size)
+    in_block = (free - head * c.tie_word_embeddings) / (kept + block)
+    return int(max(4096, min(most, in_head, in_block)))
 
 
 def random_stream(device: str | torch.device, seed: int, purpose: str) -> torch.Generator:

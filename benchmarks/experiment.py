@@ -149,7 +149,7 @@ def make_runs(file: Path, part: Part, common: dict[str, Any], args: argparse.Nam
         for curve in ("reward", "entropy", "completion_tokens"):
             found[curve] = [round(line[curve], 4) for line in log if curve in line]
         with writing:
-            runs.append(dict(setting=name, pair=pair, **found))
+            runs.append(dict(setting=name, pair=list(pair), **found))
             save(file, sorted(runs, key=lambda run: run["pair"]), steps)
         print(f"{steps} steps, {name}, {pair}: {found['accuracy']:.1f} %", flush=True)
 
@@ -159,8 +159,7 @@ def make_runs(file: Path, part: Part, common: dict[str, Any], args: argparse.Nam
 
 
 def cost(folder: Path, turns: int) -> None:
-    """The time of a step, as a share of one of GRPO in the same turn: the median of steps 2 to 9,
-    so BuPO's are of phase 1."""
+    """The time of a step (2 to 9; BuPO's of phase 1), as a share of one of GRPO in its turn."""
     settings = SETTINGS | BLOCKS
     runs: dict[str, dict[str, Any]] = {name: dict(setting=name, shares=[]) for name in settings}
     for _, name in itertools.product(range(turns), settings):
@@ -193,8 +192,7 @@ def summary(values: list[float]) -> tuple[float, float, float]:
 
 
 def print_table(title: str, table: Table) -> None:
-    """Accuracy, with its standard deviation over pairs; the difference to GRPO's, with its standard
-    error and the number of pairs; a step's cost, median of the turns."""
+    """Accuracy (standard deviation); minus GRPO's (standard error; pairs); a step's cost."""
     shares = {run["setting"]: run["shares"] for run in runs_of(RESULTS / "rivals-cost.json")}
     print(f"\n| {title} | accuracy, % | minus GRPO | a step |\n| --- | --- | --- | --- |")
     for name, own in table.items():
@@ -206,7 +204,6 @@ def print_table(title: str, table: Table) -> None:
 
 
 def draw(tables: dict[str, Table]) -> None:
-    """Differences to GRPO: a dot a pair, and the mean with a bar of two standard errors."""
     from analyze import colors, plt  # in the style of all pictures
 
     figure, axes = plt.subplots(1, len(tables), figsize=(3.3 * len(tables), 2.6), squeeze=False)

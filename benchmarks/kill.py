@@ -27,8 +27,7 @@ def start(flags: str) -> Popen:
     return Popen([sys.executable, BUPO, *flags.split()], stdout=DEVNULL, stderr=DEVNULL)
 
 
-def last_checkpoint(run: Path) -> int:
-    """Its step, or -1 if there is none."""
+def last_checkpoint(run: Path) -> int:  # its step, or -1 if there is none
     return max((int(folder.name[11:]) for folder in run.glob("checkpoint-*")), default=-1)
 
 
@@ -61,8 +60,7 @@ def main(kills: int) -> None:
             shutil.rmtree(wild, ignore_errors=True)
         process = start(f"--out {wild} {SETTINGS}" if begin_again else f"--resume {wild}")
         if n < kills:
-            where = ("start", "later", "checkpoint")[n % 3]
-            wait(process, wild, where, rng)
+            wait(process, wild, where := ("start", "later", "checkpoint")[n % 3], rng)
             process.kill()
             process.wait()
             inside += where != "start" and (wild / UNFINISHED).exists()  # and not an older one's

@@ -1,7 +1,6 @@
 """How fast and how lean bupo.py is, as ratios, each measured in one run.
 
     python benchmarks/speed.py --model FOLDER             # a real model, such as SmolLM2-135M
-    python benchmarks/speed.py --only growth --turns 1    # does it run?
 
 What is compared works in turn, A B A B ..., so that a busy machine slows both; a ratio is the
 median of the turns, with their range. On a GPU all computes in bfloat16.
@@ -157,7 +156,6 @@ def trl_steps(turn: Turn, folder: str, problems: list, size: dict) -> None:
     updates, tokens = size["prompts_per_step"] // size["mini_batch"], size["max_new_tokens"]
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        assert all(len(ids) == tokens for ids in completion_ids)
         return [float(i % 2) for i in range(len(completion_ids))]
 
     class Clock(transformers.TrainerCallback):
@@ -185,8 +183,7 @@ def trl_steps(turn: Turn, folder: str, problems: list, size: dict) -> None:
 
 
 def step(args: argparse.Namespace, models: dict[str, str]) -> None:
-    """Plain GRPO in two mini-batches, groups of 4: bupo.py and TRL. A real model has half of the
-    problems and of the tokens: on 2 cores a step of SmolLM2-135M takes long enough so."""
+    """Plain GRPO in two mini-batches, groups of 4; half as many and as long with a real model."""
     for name, folder in models.items():
         _, tokenizer = bupo.load_model(folder)
         source, half = (SUMS, 2) if name == "Qwen3" else (args.dataset, 1)
@@ -229,6 +226,28 @@ def generate_rollouts(turn: Turn, folder: str, prompts: list, lengths: list[int]
     turn.repeat(lambda: model.generate(ids, **how, do_sample=True, top_k=0, top_p=1.0))
 
 
+def continuous_rollouts(turn: Turn, folder: str, prompts: list, lengths: list[int]) -> None:
+    """transformers' continuous batching, whose cache holds all sequences, as ours does."""
+    model, tokens = plain_model(folder, DTYPE), sum(map(len, prompts)) + sum(lengths)
+    cache = dict(page_size=64, num_blocks=tokens // 64 + 2 * len(prompts))
+    cache["max_batch_tokens"] = 8192 if GPU else 512
+    draw = dict(do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
+    how = dict(generation_config=transformers.GenerationConfig(**draw))
+    how["continuous_batching_config"] = transformers.ContinuousBatchingConfig(**cache)
+
+    def work() -> None:
+        with model.continuous_batching_context_manager(**how) as manager:
+            for prompt, length in zip(prompts, lengths, strict=True):
+                manager.add_request(prompt, max_new_tokens=length, eos_token_id=-1)
+            done = 0
+            while done < len(prompts):
+                result = manager.get_result(timeout=1)
+                done += result is not None and result.is_finished()
+                assert manager.is_running() or done == len(prompts)
+
+    turn.repeat(work)
+
+
 def rollouts(args: argparse.Namespace, models: dict[str, str]) -> None:
     """Completions of 8 to 80 tokens, 4 of each prompt, by each way to sample."""
     name, folder = list(models.items())[-1]
@@ -239,6 +258,7 @@ def rollouts(args: argparse.Namespace, models: dict[str, str]) -> None:
     prompts = [bupo.encode(tokenizer, p) for p in problems for _ in range(4)]
     given = dict(folder=folder, prompts=prompts, lengths=lengths)
     ways = dict(bupo=partial(bupo_rollouts, **given), generate=partial(generate_rollouts, **given))
+    ways["continuous batching"] = partial(continuous_rollouts, **given)
     measure(f"{name}, rollouts", ways, args.turns)
 
 
@@ -276,21 +296,7 @@ def phase1(args: argparse.Namespace, models: dict[str, str]) -> None:
         measure(f"{name}, update at l", ways, args.turns)
 
 
-def growth(args: argparse.Namespace, models: dict[str, str]) -> None:
-    """A step of GRPO with 1, 4 and 16 times the problems, tokens of a completion, or layers."""
-    for axis, least in dict(problems=4, tokens=32, layers=2).items():
-        ways = {}
-        for n in (least, 4 * least, 16 * least):
-            scale = dict(problems=4, tokens=32, layers=2) | {axis: n}
-            folder, count = small_qwen3(scale["layers"], 128, 2048), scale["problems"]
-            size = dict(prompts_per_step=count, group_size=2, mini_batch=count // 2)
-            size |= dict(max_new_tokens=scale["tokens"], steps=args.turns + 1)
-            problems = bupo.load_problems(SUMS, count)
-            ways[str(n)] = partial(bupo_steps, folder=folder, problems=problems, size=size)
-        measure(f"growth, {axis}", ways, args.turns)
-
-
-PARTS = dict(step=step, rollouts=rollouts, phase1=phase1, growth=growth)
+PARTS = dict(step=step, rollouts=rollouts, phase1=phase1)
 
 
 def main() -> None:
