@@ -70,18 +70,18 @@ On purpose, this file departs from the paper (P) or from the authors' code (C):
 Equation and table numbers are those of the paper's version 3. The map:
 
      1 Settings                 lines 130-188   Config
-     2 Internal policies        lines 191-272   internal_hidden, policy_logits, token_logps
-     3 Objective                lines 275-297   group_advantages, clipped_surrogate
-     4 Training                 lines 300-450   train, update
-     5 Rollouts                 lines 453-614   SlotCache, sample
-     6 Which layer              lines 617-678   residual_stream, boundary_layer
-     7 Masters                  lines 681-747   MasterAdamW
-     8 Evaluation               lines 750-775   evaluate
-    The storeroom, from line 778 on: you may stop there.
-     9 Reward                   lines 784-996   math_reward
-    10 Problems                 lines 999-1130  load_problems
-    11 Model                    lines 1133-1356  load_model, check_model, encode
-    12 Files and command line   lines 1359-1581  main
+     2 Internal policies        lines 191-273   internal_hidden, policy_logits, token_logps
+     3 Objective                lines 276-298   group_advantages, clipped_surrogate
+     4 Training                 lines 301-450   train, update
+     5 Rollouts                 lines 453-616   SlotCache, sample
+     6 Which layer              lines 619-680   residual_stream, boundary_layer
+     7 Masters                  lines 683-749   MasterAdamW
+     8 Evaluation               lines 752-777   evaluate
+    The storeroom, from line 780 on: you may stop there.
+     9 Reward                   lines 786-998   math_reward
+    10 Problems                 lines 1001-1132  load_problems
+    11 Model                    lines 1135-1358  load_model, check_model, encode
+    12 Files and command line   lines 1361-1583  main
 """
 
 from __future__ import annotations
@@ -203,13 +203,14 @@ def internal_hidden(
     backward pass. It equals transformers' `hidden_states[layer]`, but for layer L, normed there."""
     decoder = model.get_decoder()
     hidden = model.get_input_embeddings()(ids)  # (B, T, D)
-    position, mask = torch.arange(ids.shape[1], device=ids.device)[None], None  # (1, T); causal
+    position = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+    attention_mask = None  # causal
     if cache:
-        position, mask = cache.position, cache.mask
+        position, attention_mask = cache.position, cache.attention_mask
     rotary = decoder.rotary_emb(hidden, position)
     for block in decoder.layers[:layer]:
         run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-        hidden = run(hidden, mask, None, cache, position_embeddings=rotary)  # None: position ids
+        hidden = run(hidden, attention_mask, None, cache, position_embeddings=rotary)  # (B, T, D)
     return hidden
 
 
@@ -239,7 +240,7 @@ def token_logps(
     layer: int,
     norm: bool = True,
     temperature: float = 1.0,
-    entropies: bool = False,
+    with_entropies: bool = False,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """log pi^l (N,) of the N tokens where mask is True, row by row, given all tokens before each;
@@ -252,15 +253,15 @@ def token_logps(
     hidden = internal_hidden(model, ids, layer, recompute=recompute)  # (B, T, D)
     hidden = hidden[:, :-1][mask[:, 1:]]  # (N, D), one position before each target
 
-    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+    def score_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         logps = log_policy(model, hidden, norm, temperature)  # (n, V)
         chosen = logps.gather(-1, targets[:, None])[:, 0]  # (n,)
-        return chosen, entropy(logps) if entropies else None
+        return chosen, entropy(logps) if with_entropies else None
 
     chunks = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
-    scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-    logps, of_policies = zip(*scored, strict=True)
-    return torch.cat(logps), torch.cat(of_policies) if entropies else None
+    scored = [checkpoint(score_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    logps, entropies = zip(*scored, strict=True)
+    return torch.cat(logps), torch.cat(entropies) if with_entropies else None
 
 
 def pad(sequences: Sequences, device: str | torch.device) -> tuple[Tensor, Tensor]:
@@ -388,10 +389,10 @@ def update(
     weights = token_weights(lengths, size, config.loss_average)  # (M,)
     most = micro_batch_tokens(model, optimizer, layer, config)
 
-    def score(micro: list[int], entropies: bool) -> tuple[Tensor, Tensor | None]:  # (N,) each
+    def score(micro: list[int], with_entropies: bool) -> tuple[Tensor, Tensor | None]:  # (N,) each
         ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
-        norm, recompute = config.internal_norm == "final", config.gradient_checkpointing
-        return token_logps(model, ids, mask, layer, norm, config.temperature, entropies, recompute)
+        how = config.internal_norm == "final", config.temperature, with_entropies
+        return token_logps(model, ids, mask, layer, *how, config.gradient_checkpointing)
 
     # The plan: mini-batches, each a list of micro-batches of completions with an advantage.
     starts = range(0, len(sequences), size)
@@ -406,9 +407,8 @@ def update(
     ratios, clipped, entropies, grad_norms = [], [], [], []
     for n, micros in enumerate(plan):
         for m, micro in enumerate(micros):
-            logps, of_policies = score(micro, internal)  # (N,) each
-            if of_policies is not None:
-                entropies.append(of_policies)
+            logps, nats = score(micro, internal)  # (N,) each
+            entropies += [] if nats is None else [nats]
             old_logps = old[n][m] if n else logps.detach()  # (N,); so at first rho = 1
             of = torch.tensor(micro).repeat_interleave(lengths[micro])  # (N,): whose token it is
             advantage, weight = advantages[of].to(logps), weights[of].to(logps)  # (N,) each
@@ -573,8 +573,8 @@ class SlotCache:
     column t holds what belongs to its token t. So sequences of different lengths need no left
     padding, and when one ends, another can have its slot. Columns beyond its last token hold
     leftovers, which the mask hides until they are overwritten. Before a forward pass one calls
-    begin_prompts or begin_tokens; `internal_hidden` reads position and mask; transformers'
-    attention calls `update`."""
+    begin_prompts or begin_tokens; `internal_hidden` reads position and attention_mask;
+    transformers' attention calls `update`."""
 
     def __init__(self, slots: int, columns: int):
         self.slots, self.columns = slots, (columns // 16 + 1) * 16  # a multiple of 16 suits GPUs
@@ -584,7 +584,7 @@ class SlotCache:
         """Next come all tokens of n prompts, ids (n, T), into slots `first` and on."""
         self.position = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         self.slot = torch.arange(first, first + len(ids), device=ids.device)[:, None]  # (n, 1)
-        self.mask: Tensor | None = None  # attention is causal
+        self.attention_mask: Tensor | None = None  # causal
         self.read = slice(first, first + len(ids)), slice(None), slice(ids.shape[1])
 
     def begin_tokens(self, position: Tensor, longest: int) -> None:
@@ -594,7 +594,9 @@ class SlotCache:
         self.slot = torch.arange(len(position), device=position.device)[:, None]  # (n, 1)
         beyond = torch.arange(width, device=position.device) > position  # (n, width)
         mask = torch.zeros_like(beyond, dtype=self.blocks[0][0].dtype)  # (n, width)
-        self.mask = mask.masked_fill_(beyond, -math.inf)[:, None, None]  # (n, 1, 1, width)
+        self.attention_mask = mask.masked_fill_(beyond, -math.inf)[
+            :, None, None
+        ]  # (n, 1, 1, width)
         self.read = slice(len(position)), slice(None), slice(width)
 
     def update(self, key: Tensor, value: Tensor, block: int, *_: Any, **__: Any) -> list[Tensor]:
@@ -730,8 +732,8 @@ class MasterAdamW:
     def step(self, lr: float) -> float:
         """Clip the gradient, whose norm is returned, update masters and weights. Weights without
         gradient, such as those above l in phase 1, stay bit-identical."""
-        norm = float(nn.utils.clip_grad_norm_(self.masters, GRAD_CLIP))
-        if not math.isfinite(norm):  # it must not move anything
+        grad_norm = float(nn.utils.clip_grad_norm_(self.masters, GRAD_CLIP))
+        if not math.isfinite(grad_norm):  # it must not move anything
             raise UsageError("A gradient is not finite; try a lower --lr or --precision float32.")
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
@@ -739,7 +741,7 @@ class MasterAdamW:
             if master is not weight and master.grad is not None:
                 weight.copy_(master)
         self.zero_grad()
-        return norm
+        return grad_norm
 
     def zero_grad(self) -> None:
         """To None: by momentum and weight decay AdamW would move what has a gradient of zeros."""
@@ -1175,10 +1177,10 @@ def check_model(model: Model) -> None:
         model.set_attn_implementation("sdpa")  # whatever its config.json says
         ids = torch.arange(8)[None] % model.get_input_embeddings().num_embeddings  # (1, 8)
         logits = model(input_ids=ids, use_cache=False).logits  # (1, 8, V)
-        for norm in model.modules():  # transformers' own takes eight operations, this one takes one
-            if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
-                how: Any = dict(normalized_shape=norm.weight.shape, eps=norm.variance_epsilon)
-                norm.forward = partial(nn.functional.rms_norm, weight=norm.weight, **how)
+        for module in model.modules():  # transformers' norm takes eight operations, this one one
+            if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+                how: Any = dict(normalized_shape=module.weight.shape, eps=module.variance_epsilon)
+                module.forward = partial(nn.functional.rms_norm, weight=module.weight, **how)
         *_, (below, _, attention, _, ffn) = residual_stream(model, ids)  # of block L
         ours = policy_logits(model, below + attention + ffn)  # (1, 8, V)
         if not torch.allclose(ours, logits, rtol=1e-3, atol=1e-3):

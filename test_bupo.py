@@ -171,7 +171,7 @@ def test_chunked_logps_and_entropies_equal_the_naive_ones_with_gradients(layer, 
     model.lm_head.register_forward_hook(lambda m, i, o: sizes.append(o[..., 0].numel()))
     for recompute in (False, True):
         sizes.clear()
-        how = dict(entropies=True, recompute=recompute)
+        how = dict(with_entropies=True, recompute=recompute)
         logps, entropies = bupo.token_logps(model, *ids_and_mask, layer, norm, 0.7, **how)
         torch.testing.assert_close(logps, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(entropies, entropy)

@@ -37,7 +37,8 @@ LAST = f"max((i for i, c in enumerate(ffn_entropy_change) if c > {LARGEST}), def
 STD = "rewards.std(-1, keepdim=True)"
 MEAN = "rewards.mean(-1, keepdim=True)"
 BOTH = "ratio.clamp(1 - clip, 1 + clip)"
-WEIGHT = "weights[micro]"
+WEIGHT = "weights[of]"
+FIRST = "advantages[: len(micro)].repeat_interleave(lengths[micro])"
 ZEROS = "self.adam.zero_grad(set_to_none=False)"
 SWAPPED = "dict(token='sequence', sequence='token')[config.loss_average]"
 # a solution of find_boxes, in which mistakes are made:
@@ -54,7 +55,7 @@ EXERCISES = {
         "top_layer or teacher_forced",
         [
             ("positions of the cache ignored", "cache.position, ", f"{PLACES}, "),
-            ("mask of the cache ignored", ", cache.mask", ", None"),
+            ("mask of the cache ignored", ", cache.attention_mask", ", None"),
             ("one layer too low", "layers[:layer]", "layers[: max(0, layer - 1)]"),
             ("final norm applied", "return hidden", "return model.get_decoder().norm(hidden)"),
             ("hidden_states[l], at L normed", BODY, FULL),
@@ -173,12 +174,12 @@ EXERCISES = {
             ("objective descended", "loss = -(weight", "loss = (weight"),
             ("phase 1 optimizes pi", CHOSEN, f"ids, mask, {TOP}"),
             ("phase 2 optimizes pi^2", CHOSEN, "ids, mask, 2"),
-            ("tokens of the micro-batch", WEIGHT, "(1 / lengths[micro].sum()).repeat(len(micro))"),
+            ("tokens of the micro-batch", WEIGHT, "(1 / lengths[micro].sum()).repeat(len(of))"),
             ("completions of the micro-batch", WEIGHT, f"({WEIGHT} * size / len(micro))"),
             ("zero advantages not counted", "(lengths, size", "(lengths * (advantages != 0), size"),
             ("a rollout is one mini-batch", "config.mini_batch *", "config.prompts_per_step *"),
             ("averages the wrong way round", "config.loss_average", SWAPPED),
-            ("advantages of the first ones", "advantages[micro]", "advantages[: len(micro)]"),
+            ("advantages of the first ones", "advantages[of]", FIRST),
         ],
     ),
     "MasterAdamW.step": (
@@ -187,8 +188,8 @@ EXERCISES = {
             ("gradients to 0, not to None", "self.zero_grad()", ZEROS),
             ("gradients kept", "self.zero_grad()", "pass"),
             ("not clipped", "(self.masters, GRAD_CLIP)", "(self.masters, math.inf)"),
-            ("norm after clipping", "return norm", "return min(norm, GRAD_CLIP)"),
-            ("steps with what is not finite", "if not math.isfinite(norm)", "if False"),
+            ("norm after clipping", "return grad_norm", "return min(grad_norm, GRAD_CLIP)"),
+            ("steps with what is not finite", "if not math.isfinite(grad_norm)", "if False"),
             ("AdamW's own learning rate", '["lr"] = lr', '["lr"]'),
             ("weights stay as they were", "weight.copy_(master)", "pass"),
         ],
@@ -210,7 +211,7 @@ EACH = """for group in self.adam.param_groups:
 FREEZE = """model.to(device)
         model.requires_grad_(False)  # embeddings, norm and lm_head, too
         model.get_decoder().layers[LAYER - 1].requires_grad_(True)"""
-SCORE = "logps, of_policies = score(micro, internal)  # (N,) each"
+SCORE = "logps, nats = score(micro, internal)  # (N,) each"
 KEEP = f"""with keep_states(model, LAYER, {TOP}) as states:
                 {SCORE}"""
 LOSS = "loss = -(weight * surrogate).sum()"
