@@ -117,7 +117,7 @@ from urllib.request import urlopen
 
 import jinja2
 import torch
-import transformers
+import transformers  # 5.23 or later: blocks and caches are called as it calls them
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -312,7 +312,7 @@ def train(config: Config, resume: bool = False) -> Path:
     held_out, problems = usable_problems(config, model, tokenizer)
     optimizer = MasterAdamW(model, device, dtype, config.optimizer_device)
     write_settings(config)  # nothing was written before
-    done, internal_layer = load_checkpoint(start, optimizer) if start else (0, 0)
+    done, internal_layer = load_checkpoint(start, optimizer) if start else (0, 0)  # 0: unknown
     if config.internal_layer != "auto":
         internal_layer = int(config.internal_layer)
     stop = stop_requests()
@@ -671,7 +671,7 @@ def boundary_layer(ffn_entropy_change: list[float], tolerance: float = 0.1) -> i
 
 def find_boundary(model: Model, sequences: Sequences) -> int:
     """What `--internal-layer auto` means: the boundary layer, by the first 64 tokens of 16 of the
-    completions."""
+    completions, which are enough for a mean."""
     some = sequences[:: max(1, len(sequences) // 16)][:16]
     change = ffn_entropy_change(model, [(prompt, completion[:64]) for prompt, completion in some])
     layer, rounded = boundary_layer(change), " ".join(f"{value:+.2f}" for value in change)
@@ -765,10 +765,10 @@ def evaluate(
     k, samples = config.eval_k, []
     batch = [problem for problem in problems for _ in range(k)]
     completions = rollout(model, tokenizer, batch, config, "evaluation")
-    for problem, c in zip(batch, completions, strict=True):
-        text = tokenizer.decode(c.ids, skip_special_tokens=True)
-        outcome = dict(completion=text, ended=c.ended, reward=math_reward(text, problem.answer))
-        samples.append(dict(asdict(problem), **outcome, prompt_ids=c.prompt, ids=c.ids))
+    for problem, one in zip(batch, completions, strict=True):
+        text = tokenizer.decode(one.ids, skip_special_tokens=True)
+        outcome = dict(completion=text, ended=one.ended, reward=math_reward(text, problem.answer))
+        samples.append(dict(asdict(problem), **outcome, prompt_ids=one.prompt, ids=one.ids))
     rewards = [one["reward"] for one in samples]
     right = [int(sum(rewards[i : i + k])) for i in range(0, len(rewards), k)]  # of each problem's k
     error = stdev(c / k for c in right) / len(right) ** 0.5 if len(right) > 1 else None
