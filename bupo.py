@@ -2,7 +2,7 @@ r"""Bottom-up Policy Optimization (BuPO, arXiv 2512.19673) in one file.
 
     $ python bupo.py --out runs/x         # three minutes on one core; no GPU, no network
     Evaluation  step 0: avg@4 39.5% (standard error 1.6%), pass@4 84.4%, 256 held-out problems
-    Boundary    layer 4; FFN entropy change of each layer, in nats: +0.70 +0.42 +0.32 +1.00 ...
+    Boundary    layer 4; FFN entropy change of each layer: +0.70 +0.42 +0.32 +1.00 -0.03 +0.25
     Evaluation  step 60: avg@4 77.1% (standard error 1.6%), pass@4 97.7%, 256 held-out problems
 
 A language model is a stack of blocks. BuPO reads it at two heights:
@@ -11,7 +11,8 @@ A language model is a stack of blocks. BuPO reads it at two heights:
                                      |
                                      +-------> norm -> E_u -> softmax = pi^l
 
-    Phase 1 trains pi^l: E, blocks 1..l, norm and E_u move, the blocks above l do not.
+    Phase 1 trains pi^l: E, blocks 1..l, norm and E_u move, the blocks above l do not. (The norm
+    is part of pi^l by default; `--internal-norm none` leaves it out, and still.)
     Phase 2 trains pi: everything moves. In both phases, pi writes the text.
 
 The idea, in seven steps:
@@ -47,7 +48,8 @@ The letters, for tiny/ and for Qwen3-1.7B:
     L   blocks, l: the one of phase 1       6        28
     D   numbers in a hidden state          64     2,048
     V   tokens in the vocabulary          102   151,936
-    G   completions of a problem            8         8    a step: 32 problems, 256 completions
+    G   completions of a problem            8         8
+        problems in a step                 32        32    that is, 256 completions
         problems in a mini-batch           16         8    an update each: 2 or 4 a step
     B   completions in a micro-batch, that is, in one forward and backward pass
     T   tokens of the longest of them, prompt included; the others are padded
@@ -60,7 +62,7 @@ since the blocks above l go on reading a stream that changes under them: a long 
 
 On purpose, this file departs from the paper (P) or from the authors' code (C):
 
-  - pi^l applies the final norm; `--internal-norm none` does not, as Eq. 5 and C (Table 5: both).
+  - pi^l applies the final norm; Eq. 5 and C do not (`--internal-norm none`); Table 5 tries both.
   - Updates of phase 1 run blocks 1..l only; C runs all L and builds two full logit matrices.
   - The loss averages over all tokens, as C does; `--loss-average sequence` is P's Eq. 3 and 9.
   - The reward compares values; C compares text and calls \boxed{\text{Yes}} wrong if it is Yes.
@@ -69,19 +71,19 @@ On purpose, this file departs from the paper (P) or from the authors' code (C):
 
 Equation and table numbers are those of the paper's version 3. The map:
 
-     1 Settings                 lines 130-188   Config
-     2 Internal policies        lines 191-273   internal_hidden, policy_logits, token_logps
-     3 Objective                lines 276-298   group_advantages, clipped_surrogate
-     4 Training                 lines 301-450   train, update
-     5 Rollouts                 lines 453-616   SlotCache, sample
-     6 Which layer              lines 619-680   residual_stream, boundary_layer
-     7 Masters                  lines 683-749   MasterAdamW
-     8 Evaluation               lines 752-777   evaluate
-    The storeroom, from line 780 on: you may stop there.
-     9 Reward                   lines 786-998   math_reward
-    10 Problems                 lines 1001-1132  load_problems
-    11 Model                    lines 1135-1358  load_model, check_model, encode
-    12 Files and command line   lines 1361-1583  main
+     1 Settings                 lines 132-188   Config
+     2 Internal policies        lines 191-274   internal_hidden, policy_logits, token_logps
+     3 Objective                lines 277-299   group_advantages, clipped_surrogate
+     4 Training                 lines 302-453   train, update
+     5 Rollouts                 lines 456-617   SlotCache, sample
+     6 Which layer              lines 620-681   residual_stream, boundary_layer
+     7 Masters                  lines 684-750   MasterAdamW
+     8 Evaluation               lines 753-778   evaluate
+    The storeroom, from line 781 on: you may stop there.
+     9 Reward                   lines 787-1000  math_reward
+    10 Problems                 lines 1003-1134  load_problems
+    11 Model                    lines 1137-1360  load_model, check_model, encode
+    12 Files and command line   lines 1363-1585  main
 """
 
 from __future__ import annotations
@@ -151,9 +153,7 @@ class Config:
     # The method:
     internal_layer: str = setting("auto", "l of phase 1: a number, or auto (6 for Qwen3-4B)")
     internal_steps: int = setting(30, "steps of phase 1; 0: plain GRPO (30 or 20)")
-    internal_norm: Literal["final", "none"] = setting(
-        "final", "norm in pi^l (the paper tries both)"
-    )
+    internal_norm: Literal["final", "none"] = setting("final", "norm in pi^l (the paper: both)")
     loss_average: Literal["token", "sequence"] = setting("token", "unit of the mean (sequence)")
     clip: float = setting(0.2, "clip ratio, epsilon (0.2)")
     # The recipe:
@@ -210,14 +210,15 @@ def internal_hidden(
     rotary = decoder.rotary_emb(hidden, position)
     for block in decoder.layers[:layer]:
         run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+        # None: position ids; by place, since versions name the cache differently
         hidden = run(hidden, attention_mask, None, cache, position_embeddings=rotary)  # (B, T, D)
     return hidden
 
 
 def policy_logits(model: Model, hidden: Tensor, norm: bool = True) -> Tensor:
     """Logits (..., V) of the policy that speaks from `hidden` (..., D): E_u norm(h), or E_u h.
-    From H^L speaks the policy (Eq. 1), from H^l an internal layer policy (Eq. 5, without the norm),
-    from what attention or FFN of a block add an internal modular policy (Eq. 6, without norm)."""
+    `hidden` is H^L for pi (Eq. 1), H^l for pi^l (Eq. 5, which has no norm), and A^l or F^l for an
+    internal modular policy (Eq. 6, no norm)."""
     return model.get_output_embeddings()(model.get_decoder().norm(hidden) if norm else hidden)
 
 
@@ -303,8 +304,8 @@ def optimized_layer(step: int, internal_steps: int, internal_layer: int, num_lay
 
 def train(config: Config, resume: bool = False) -> Path:
     """Run BuPO as `config` says and return the folder of the run; resume: from its last checkpoint.
-    What is drawn depends on nothing but the seed, the purpose and the step, so a resumed run
-    repeats an undisturbed one, on a CPU bit for bit."""
+    What is drawn depends on nothing but the seed, the purpose, the step and the number of rows, so
+    a resumed run repeats an undisturbed one, on a CPU bit for bit."""
     out, start = run_folder(config, resume)
     device, dtype = choose_device(config)
     model, tokenizer = load_model(str(start or config.model))
@@ -340,6 +341,7 @@ def train(config: Config, resume: bool = False) -> Path:
         batch = [problems[i] for i in indices for _ in range(config.group_size)]
         completions = rollout(model, tokenizer, batch, config, f"rollout {step}")
         times.append(time.perf_counter())
+        mismatch = sampling_error(model, completions, config.temperature)
 
         # 2 Reward 1 for a right boxed answer, else 0.
         texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
@@ -353,7 +355,6 @@ def train(config: Config, resume: bool = False) -> Path:
         if not internal_layer and step <= config.internal_steps:  # --internal-layer auto
             internal_layer = find_boundary(model, sequences)
         layer = optimized_layer(step, config.internal_steps, internal_layer, num_layers)
-        mismatch = sampling_error(model, completions, config.temperature)  # before it moves
 
         # 5 Maximize the clipped surrogate of that policy, one optimizer update per mini-batch.
         lr = config.lr * min(1.0, step / config.lr_warmup_steps)
@@ -387,7 +388,7 @@ def update(
     size = config.mini_batch * config.group_size  # completions in a mini-batch
     lengths = torch.tensor([len(completion) for _, completion in sequences])  # (M,)
     weights = token_weights(lengths, size, config.loss_average)  # (M,)
-    most = micro_batch_tokens(model, optimizer, layer, config)
+    limit = micro_batch_tokens(model, optimizer, layer, config)
 
     def score(micro: list[int], with_entropies: bool) -> tuple[Tensor, Tensor | None]:  # (N,) each
         ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
@@ -397,21 +398,23 @@ def update(
     # The plan: mini-batches, each a list of micro-batches of completions with an advantage.
     starts = range(0, len(sequences), size)
     learning = [[i for i in range(s, s + size) if advantages[i] != 0] for s in starts]
-    plan = [micro_batches(sequences, most, indices) for indices in learning if indices]
+    plan = [micro_batches(sequences, limit, indices) for indices in learning if indices]
 
     # pi^l_old is pi^l before any update of this step. The first mini-batch has log pi^l_old for
     # free, in its own forward pass. The later mini-batches are scored here, in advance.
     with torch.no_grad():
-        old = [[], *([score(micro, False)[0] for micro in micros] for micros in plan[1:])]
+        later = [[score(micro, False)[0] for micro in micros] for micros in plan[1:]]
+    old = [[None for _ in micros] for micros in plan[:1]] + later
 
     ratios, clipped, entropies, grad_norms = [], [], [], []
-    for n, micros in enumerate(plan):
-        for m, micro in enumerate(micros):
+    for micros, olds in zip(plan, old, strict=True):
+        for micro, old_logps in zip(micros, olds, strict=True):
             logps, nats = score(micro, internal)  # (N,) each
             entropies += [] if nats is None else [nats]
-            old_logps = old[n][m] if n else logps.detach()  # (N,); so at first rho = 1
-            of = torch.tensor(micro).repeat_interleave(lengths[micro])  # (N,): whose token it is
-            advantage, weight = advantages[of].to(logps), weights[of].to(logps)  # (N,) each
+            if old_logps is None:  # the first mini-batch: rho = 1
+                old_logps = logps.detach()  # (N,)
+            owner = torch.tensor(micro).repeat_interleave(lengths[micro])  # (N,), of each token
+            advantage, weight = advantages[owner].to(logps), weights[owner].to(logps)  # (N,) each
             surrogate = clipped_surrogate(logps, old_logps, advantage, config.clip)  # (N,)
             loss = -(weight * surrogate).sum()
             loss.backward()
@@ -515,7 +518,7 @@ def sample(
             c.ids.append(int(token))  # exact in float32, up to 16 million
             c.logps.append(logp)
             c.entropies.append(nats)
-            c.ended = token in end_ids
+            c.ended = c.ids[-1] in end_ids
 
         # Those that have ended leave, and the last rows fill the gaps: A B C D without B is A D C.
         going = [not c.ended and len(c.ids) < max_new_tokens for c in running]
@@ -593,10 +596,8 @@ class SlotCache:
         self.position = position
         self.slot = torch.arange(len(position), device=position.device)[:, None]  # (n, 1)
         beyond = torch.arange(width, device=position.device) > position  # (n, width)
-        mask = torch.zeros_like(beyond, dtype=self.blocks[0][0].dtype)  # (n, width)
-        self.attention_mask = mask.masked_fill_(beyond, -math.inf)[
-            :, None, None
-        ]  # (n, 1, 1, width)
+        mask = beyond.to(self.blocks[0][0].dtype).masked_fill_(beyond, -math.inf)  # 0, -inf beyond
+        self.attention_mask = mask[:, None, None]  # (n, 1, 1, width)
         self.read = slice(len(position)), slice(None), slice(width)
 
     def update(self, key: Tensor, value: Tensor, block: int, *_: Any, **__: Any) -> list[Tensor]:
@@ -809,7 +810,7 @@ COUNT = r"\w*(?:(?<!mon)ths|illions|hundreds|thousands|dozens|thirds|halves|quar
 THINGS = rf"(?!{COUNT}\b)\w+s|people|(?:square )?units?"  # 12\text{apples}, not 12\text{thirds}
 NAME = rf"(?:\\(?!frac|cot|{FUNCTION})[a-z]+(?![a-z])|_?\{{[^{{}}]*\}}|[a-zA-Z'(), ])+"
 OTHER = r"(?:\\[a-z]+(?![a-z])|[^a-df-z\\=])"  # a symbol that is no small letter: \tan, A, +, e
-END = r"(?:\^\{?\d\}?)?$"
+END = r"(?:\^\{?\d\}?)?$"  # perhaps a power, then the end
 LAYOUT: list[tuple] = [  # what, by what  # an example
     (r",\\! *|\{,\}|\[\w+pt\]|\{[pb]?matrix\}|\\\\ ?(?=\\end)", ""),  # 14,\!400 -> 14400
     (r"\^ ?(\{\\circ\}|\\circ)", "°"),  # 90^\circ -> 90°
@@ -852,8 +853,8 @@ ONE_SIDED: list[tuple] = [  # only if exactly one of the two answers has this si
     (r"\\text|°", r"^(?!.*(?:sin|cos|tan))(.*)°$", r"\1"),  # 30° -> 30
     (":", r"^([\d.]+):([\d.]+)$", r"\1/\2"), ("«", r"^«([^,]*)»$", r"\1"),  # 1:2 -> 1/2, «4» -> 4
     # x<2 -> (-∞,2)
-    ("[<≤]", r"(?<![^,])(?=[^,]*[<≤])(([^<≤,]+)([<≤]))?\\?[a-zA-Z]+(([<≤])([^<≤,]+))?(?![^,])",
-     lambda m: "[("[m[3] != "≤"] + f"{m[2] or '-∞'},{m[6] or '∞'}" + "])"[m[5] != "≤"]),
+    ("[<≤]", r"(?<![^,])(?=[^,]*[<≤])(?:([^<≤,]+)([<≤]))?\\?[a-zA-Z]+(?:([<≤])([^<≤,]+))?(?![^,])",
+     lambda m: "(["[m[2] == "≤"] + f"{m[1] or '-∞'},{m[4] or '∞'}" + ")]"[m[3] == "≤"]),
 ]  # fmt: skip
 EXTRA: list[tuple] = [  # only if the gold is this: what the other answer says too much, by what
     # a+b=2 -> 2, but not x+1=2, an equation in one letter
@@ -882,6 +883,7 @@ RELATION, SUM, PRODUCT, ADJACENT, POWER = 1, 2, 3, 4, 5  # how tightly signs bin
 BINDS = dict.fromkeys("=<≤≠:∈", RELATION) | {"+": SUM, "-": SUM, "^": POWER}
 BINDS |= dict.fromkeys(["*", "/", "(", *FUNCTIONS], PRODUCT)
 BINDS |= dict.fromkeys(")]}»,_|.0123456789", 0)  # here a formula ends
+# The names of what has no value of its own; the number of an item, 0 and on, takes the place of #.
 BRACKETS = {"()": "(#)", "[]": "[#]", "(]": "(#]", "[)": "[#)", "{}": "{}", "«»": "{}"}
 INSIDE = r"\{(?:[^{}\\]|\\(?!boxed|fbox)."
 GROUP = rf"{INSIDE}|" * 8 + rf"{INSIDE})*\}}" + r")*\}" * 8  # {...}, nine deep, without a box

@@ -37,7 +37,7 @@ LAST = f"max((i for i, c in enumerate(ffn_entropy_change) if c > {LARGEST}), def
 STD = "rewards.std(-1, keepdim=True)"
 MEAN = "rewards.mean(-1, keepdim=True)"
 BOTH = "ratio.clamp(1 - clip, 1 + clip)"
-WEIGHT = "weights[of]"
+WEIGHT = "weights[owner]"
 FIRST = "advantages[: len(micro)].repeat_interleave(lengths[micro])"
 ZEROS = "self.adam.zero_grad(set_to_none=False)"
 SWAPPED = "dict(token='sequence', sequence='token')[config.loss_average]"
@@ -170,16 +170,16 @@ EXERCISES = {
         "gradient_of_the_formula or second_mini_batch or phase_1_moves",
         [
             ("rho always 1", "(logps, old_logps, a", "(logps, logps.detach(), a"),
-            ("rho is 1 in each mini-batch", "old[n][m]", "logps.detach()"),
+            ("rho is 1 in each mini-batch", "if old_logps is None:", "if True:"),
             ("objective descended", "loss = -(weight", "loss = (weight"),
             ("phase 1 optimizes pi", CHOSEN, f"ids, mask, {TOP}"),
             ("phase 2 optimizes pi^2", CHOSEN, "ids, mask, 2"),
-            ("tokens of the micro-batch", WEIGHT, "(1 / lengths[micro].sum()).repeat(len(of))"),
+            ("tokens of the micro-batch", WEIGHT, "(1 / lengths[micro].sum()).repeat(len(owner))"),
             ("completions of the micro-batch", WEIGHT, f"({WEIGHT} * size / len(micro))"),
             ("zero advantages not counted", "(lengths, size", "(lengths * (advantages != 0), size"),
             ("a rollout is one mini-batch", "config.mini_batch *", "config.prompts_per_step *"),
             ("averages the wrong way round", "config.loss_average", SWAPPED),
-            ("advantages of the first ones", "advantages[of]", FIRST),
+            ("advantages of the first ones", "advantages[owner]", FIRST),
         ],
     ),
     "MasterAdamW.step": (
