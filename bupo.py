@@ -72,18 +72,18 @@ On purpose, this file departs from the paper (P) or from the authors' code (C):
 Equation and table numbers are those of the paper's version 3. The map:
 
      1 Settings                 lines 132-188   Config
-     2 Internal policies        lines 191-274   internal_hidden, policy_logits, token_logps
-     3 Objective                lines 277-299   group_advantages, clipped_surrogate
-     4 Training                 lines 302-453   train, update
-     5 Rollouts                 lines 456-617   SlotCache, sample
-     6 Which layer              lines 620-681   residual_stream, boundary_layer
-     7 Masters                  lines 684-750   MasterAdamW
-     8 Evaluation               lines 753-778   evaluate
-    The storeroom, from line 781 on: you may stop there.
-     9 Reward                   lines 787-1000  math_reward
-    10 Problems                 lines 1003-1134  load_problems
-    11 Model                    lines 1137-1360  load_model, check_model, encode
-    12 Files and command line   lines 1363-1585  main
+     2 Internal policies        lines 191-275   internal_hidden, policy_logits, token_logps
+     3 Objective                lines 278-300   group_advantages, clipped_surrogate
+     4 Training                 lines 303-454   train, update
+     5 Rollouts                 lines 457-618   SlotCache, sample
+     6 Which layer              lines 621-682   residual_stream, boundary_layer
+     7 Masters                  lines 685-751   MasterAdamW
+     8 Evaluation               lines 754-779   evaluate
+    The storeroom, from line 782 on: you may stop there.
+     9 Reward                   lines 788-1001  math_reward
+    10 Problems                 lines 1004-1136  load_problems
+    11 Model                    lines 1139-1364  load_model, check_model, encode
+    12 Files and command line   lines 1367-1591  main
 """
 
 from __future__ import annotations
@@ -259,8 +259,9 @@ def token_logps(
         chosen = logps.gather(-1, targets[:, None])[:, 0]  # (n,)
         return chosen, entropy(logps) if with_entropies else None
 
-    chunks = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
+    *chunks, last = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
     scored = [checkpoint(score_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    scored.append(score_chunk(*last))  # kept, not computed again: the backward pass begins with it
     logps, entropies = zip(*scored, strict=True)
     return torch.cat(logps), torch.cat(entropies) if with_entropies else None
 
@@ -1092,7 +1093,8 @@ def find_columns(names: Iterable[str]) -> list[str]:
     columns = list(names)
     question, answer = ([x for x in known if x in columns][:1] for known in (QUESTIONS, ANSWERS))
     if not (question and answer):
-        raise ValueError(f"no question or no answer, as the README names them, among {columns}")
+        lacks = "answer" if question else "question"
+        raise UsageError(f"No {lacks}, as the README names them, is among the columns {columns}.")
     return question + answer + [name for name in columns if re.fullmatch(PARTS, name)]
 
 
@@ -1147,7 +1149,9 @@ def load_model(name: str) -> tuple[Model, Tokenizer]:
             raise UsageError(f"{folder} has neither config.json nor a checkpoint of a run.")
         folder = checkpoints(folder)[-1]
     source = str(folder) if folder.exists() else name
-    with explain(f"The model {name} cannot be loaded", "check name, files and connection"):
+    elsewhere = "no folder here has this name; as one of the Hub it needs a connection"
+    fix = "check its files" if folder.exists() else elsewhere
+    with explain(f"The model {name} cannot be loaded", fix):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         if any(hasattr(c, "quantization_config") for c in (config, config.get_text_config())):
             raise ValueError("it is quantized: name the model that it was made from")
@@ -1421,7 +1425,9 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 def parse(arguments: list[str] | None = None) -> tuple[Config, bool]:
     """The `Config` of a command line, of which every field is a flag, and whether to resume."""
     fields: Any = Config
-    parser = transformers.HfArgumentParser(fields, description="BuPO", usage=argparse.SUPPRESS)
+    about = "In parentheses: the paper's. settings.json of a model, as of tiny, changes defaults."
+    how: Any = dict(description=about, usage=argparse.SUPPRESS, allow_abbrev=False)
+    parser = transformers.HfArgumentParser(fields, **how)
     parser.add_argument("--resume", metavar="RUN", help="folder of a run; flags given change it")
     first, _ = parser.parse_known_args(arguments)
     saved = read_settings(first.resume) if first.resume else asdict(configure(first.model))

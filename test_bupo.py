@@ -568,7 +568,7 @@ def test_rows_that_cannot_be_asked_or_rewarded_are_dropped_and_counted_by_reason
     assert [count for count in counts if count not in said] == []
     with pytest.raises(bupo.UsageError, match="question: question, answer: solution; dropped: 8 x"):
         bupo.load_problems(write_rows(tmp_path / "y.jsonl", bad[:-2]))
-    with pytest.raises(bupo.UsageError, match=r"no answer.*\['question', 'label'\]"):
+    with pytest.raises(bupo.UsageError, match=r"No answer.*\['question', 'label'\]"):
         bupo.load_problems(write_rows(tmp_path / "z.jsonl", [dict(question="u", label="1")]))
 
 
@@ -1041,7 +1041,7 @@ def test_bad_input_gets_one_sentence(arguments, word, brief, finished, tmp_path,
 
 # The file =========================================================================================
 
-MOST_LINES, MOST_BYTES = 1590, 89_500
+MOST_LINES, MOST_BYTES = 1600, 90_000
 TRAIN_ENDS, STOREROOM_BEGINS = 450, 800
 
 
