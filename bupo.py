@@ -72,18 +72,18 @@ On purpose, this file departs from the paper (P) or from the authors' code (C):
 Equation and table numbers are those of the paper's version 3. The map:
 
      1 Settings                 lines 132-188   Config
-     2 Internal policies        lines 191-275   internal_hidden, policy_logits, token_logps
-     3 Objective                lines 278-300   group_advantages, clipped_surrogate
-     4 Training                 lines 303-454   train, update
-     5 Rollouts                 lines 457-618   SlotCache, sample
-     6 Which layer              lines 621-682   residual_stream, boundary_layer
-     7 Masters                  lines 685-751   MasterAdamW
-     8 Evaluation               lines 754-779   evaluate
-    The storeroom, from line 782 on: you may stop there.
-     9 Reward                   lines 788-1001  math_reward
-    10 Problems                 lines 1004-1136  load_problems
-    11 Model                    lines 1139-1364  load_model, check_model, encode
-    12 Files and command line   lines 1367-1591  main
+     2 Internal policies        lines 191-274   internal_hidden, policy_logits, token_logps
+     3 Objective                lines 277-299   group_advantages, clipped_surrogate
+     4 Training                 lines 302-453   train, update
+     5 Rollouts                 lines 456-617   SlotCache, sample
+     6 Which layer              lines 620-681   residual_stream, boundary_layer
+     7 Masters                  lines 684-750   MasterAdamW
+     8 Evaluation               lines 753-778   evaluate
+    The storeroom, from line 781 on: you may stop there.
+     9 Reward                   lines 787-1000  math_reward
+    10 Problems                 lines 1003-1135  load_problems
+    11 Model                    lines 1138-1363  load_model, check_model, encode
+    12 Files and command line   lines 1366-1590  main
 """
 
 from __future__ import annotations
@@ -259,9 +259,8 @@ def token_logps(
         chosen = logps.gather(-1, targets[:, None])[:, 0]  # (n,)
         return chosen, entropy(logps) if with_entropies else None
 
-    *chunks, last = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
+    chunks = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
     scored = [checkpoint(score_chunk, *chunk, use_reentrant=False) for chunk in chunks]
-    scored.append(score_chunk(*last))  # kept, not computed again: the backward pass begins with it
     logps, entropies = zip(*scored, strict=True)
     return torch.cat(logps), torch.cat(entropies) if with_entropies else None
 
