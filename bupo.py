@@ -12,7 +12,7 @@ A language model is a stack of blocks. BuPO reads it at two heights:
                                      +-------> norm -> E_u -> softmax = pi^l
 
     Phase 1 trains pi^l: E, blocks 1..l, norm and E_u move, the blocks above l do not. (The norm
-    is part of pi^l by default; `--internal-norm none` leaves it out, and still.)
+    is part of pi^l by default; with `--internal-norm none` it is not, and does not move.)
     Phase 2 trains pi: everything moves. In both phases, pi writes the text.
 
 The idea, in seven steps:
@@ -401,7 +401,7 @@ def update(
     plan = [micro_batches(sequences, limit, indices) for indices in learning if indices]
 
     # pi^l_old is pi^l before any update of this step. The first mini-batch has log pi^l_old for
-    # free, in its own forward pass. The later mini-batches are scored here, in advance.
+    # free, in its own forward pass (None here). The later ones are scored here, in advance.
     with torch.no_grad():
         later = [[score(micro, False)[0] for micro in micros] for micros in plan[1:]]
     old = [[None for _ in micros] for micros in plan[:1]] + later
