@@ -71,19 +71,19 @@ On purpose, this file departs from the paper (P) or from the authors' code (C):
 
 Equation and table numbers are those of the paper's version 3. The map:
 
-     1 Settings                 lines 132-188   Config
-     2 Internal policies        lines 191-274   internal_hidden, policy_logits, token_logps
-     3 Objective                lines 277-299   group_advantages, clipped_surrogate
-     4 Training                 lines 302-453   train, update
-     5 Rollouts                 lines 456-617   SlotCache, sample
-     6 Which layer              lines 620-681   residual_stream, boundary_layer
-     7 Masters                  lines 684-750   MasterAdamW
-     8 Evaluation               lines 753-778   evaluate
-    The storeroom, from line 781 on: you may stop there.
-     9 Reward                   lines 787-1000  math_reward
-    10 Problems                 lines 1003-1135  load_problems
-    11 Model                    lines 1138-1363  load_model, check_model, encode
-    12 Files and command line   lines 1366-1590  main
+     1 Settings                 lines 131-187   Config
+     2 Internal policies        lines 190-273   internal_hidden, policy_logits, token_logps
+     3 Objective                lines 276-298   group_advantages, clipped_surrogate
+     4 Training                 lines 301-452   train, update
+     5 Rollouts                 lines 455-616   SlotCache, sample
+     6 Which layer              lines 619-680   residual_stream, boundary_layer
+     7 Masters                  lines 683-749   MasterAdamW
+     8 Evaluation               lines 752-777   evaluate
+    The storeroom, from line 780 on: you may stop there.
+     9 Reward                   lines 786-915   math_reward
+    10 Problems                 lines 918-1050  load_problems
+    11 Model                    lines 1053-1278  load_model, check_model, encode
+    12 Files and command line   lines 1281-1505  main
 """
 
 from __future__ import annotations
@@ -108,7 +108,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
-from fractions import Fraction
 from functools import partial
 from operator import add, mul, sub, truediv
 from pathlib import Path
@@ -786,113 +785,62 @@ def evaluate(
 
 # 9 Reward =========================================================================================
 
-# Answers become comparable in three stages: one spelling for each symbol, one layout, one meaning.
-# On the way a set is written «1,2», a matrix ((1,2),(3,4)).
-SYMBOLS = {  # the spelling kept: those it replaces
-    "*": r"\cdot \times · ×", "-": "− –", "±": r"\pm", "^": "**", "^{2}": "²", "^{3}": "³",
-    "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant", "≥": r"\ge \geq \geqslant", "∈": r"\in",
-    "≠": r"\ne \neq", "≈": r"\approx", "∞": r"\infty", "|": r"\lvert \rvert", "T": r"\top",
-    ",": r"; & ∪ \cup and or", "«": r"\{", "»": r"\}", "(": r"\langle", ")": r"\rangle",
-    "((": r"\begin", "))": r"\end", "),(": r"\\", r"\pi ": "π", r"\sqrt ": "√",
-    r"\asin ": r"\arcsin", r"\acos ": r"\arccos", r"\atan ": r"\arctan",
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom", "%": r"\% percent", "/": "per",
-    r"\text": r"\textbf \textit \textrm \mathrm \mathbf \boldsymbol \mbox \operatorname",
-    " ": r"$ \$ ~ \left \right \bigl \bigr \, \: \; \! \( \) \quad \displaystyle",
-    "°": r"\degree degree degrees", "in": "inch inches", "ft": "foot feet", "mi": "mile miles",
-    "m": "meter meters", "cm": "centimeters", "km": "kilometers", "kg": "kilograms", "g": "grams",
-    "s": "sec second seconds", "h": "hr hrs hour hours", "min": "minute minutes", "rad": "radians",
-}  # fmt: skip
-SYMBOL = {old: new for new, olds in SYMBOLS.items() for old in olds.split()} | {"\\ ": " "}
-FUNCTION = r"(?:sqrt|sin|cos|tan|exp|log|ln|pi)(?![a-z])"
-UNIT = r"(?:[ckm]?m|in|ft|yd|mi|s|min|h|k?g|lbs?|m?L|Hz|mph|[NJWV]|rad|dollars?|cents?)(?![a-zA-Z])"
-UNITS = rf"(?:square |cubic )?{UNIT}(?: ?/ ?{UNIT})?"
-COUNT = r"\w*(?:(?<!mon)ths|illions|hundreds|thousands|dozens|thirds|halves|quarters|plus|minus)"
-THINGS = rf"(?!{COUNT}\b)\w+s|people|(?:square )?units?"  # 12\text{apples}, not 12\text{thirds}
-NAME = rf"(?:\\(?!frac|cot|{FUNCTION})[a-z]+(?![a-z])|_?\{{[^{{}}]*\}}|[a-zA-Z'(), ])+"
-OTHER = r"(?:\\[a-z]+(?![a-z])|[^a-df-z\\=])"  # a symbol that is no small letter: \tan, A, +, e
-END = r"(?:\^\{?\d\}?)?$"  # perhaps a power, then the end
+# Answers get one spelling for each symbol, one layout, and one meaning, a number if they have one.
+SYMBOL = {old: new for new, olds in {  # the spelling kept: those that become it
+    "*": r"\cdot \times", "/": ": per", "-": "−", "^2": "²", "^3": "³", "≈": r"\approx",
+    "≤": r"\le \leq", "≥": r"\ge \geq", "∞": r"\infty", "%": r"\% percent", "|": r"\lvert \rvert",
+    "{": r"\{", "}": r"\}", "∈": r"\in", "±": r"\pm", "°": r"^\circ ^{\circ} degrees",
+    " ": r"$ ~ \left \right \, \: \; \! \( \) \displaystyle", ",": r"& ∪ \cup and or", "T": r"\top",
+    "((": r"\begin", "))": r"\end", "),(": r"\\", "": r",\! {,} {pmatrix} {bmatrix}",
+    r"\frac": r"\dfrac \tfrac", r"\binom": r"\dbinom", r"\text": r"\textbf \mathrm \mathbf \mbox",
+    r"\sin^{-1}": r"\arcsin", r"\cos^{-1}": r"\arccos", r"\tan^{-1}": r"\arctan", r"\pi ": "π pi",
+    r"\text{dollars}*": r"\$", "in": "inch inches", "ft": "foot feet", "m": "meter meters",
+}.items() for old in olds.split()}  # fmt: skip
+UNIT = r"(?:(?:cubic )?(?:[ckm]?m|in|ft|s|h|k?g|Hz|[LNJV]|mph|people|(?:unit|second|minute|hour|"
+UNIT += r"day|week|month|year|mile|dollar|cent|student|apple|cup|integer|point|term|way)s?)\b/?)+"
 LAYOUT: list[tuple] = [  # what, by what  # an example
-    (r",\\! *|\{,\}|\[\w+pt\]|\{[pb]?matrix\}|\\\\ ?(?=\\end)", ""),  # 14,\!400 -> 14400
-    (r"\^ ?(\{\\circ\}|\\circ)", "°"),  # 90^\circ -> 90°
-    (r"^(-?)\\?\$ ?([\d.,]*\d)[.,]?$", r"\1\2\\text{dollars}"),  # \$5 -> 5\text{dollars}
-    (r"\\[a-zA-Z]+|\\.|[a-zA-Z]+|\*\*|.", lambda m: SYMBOL.get(m[0], m[0])),  # \le -> ≤
-    (r"(^|(?<==)) *-?\d{1,3}([, ]\d{3})+(?![\d,])", lambda m: re.sub("[, ]", "", m[0])),  # 4,000
-    (r"(?<=.)≈.*|[\s.,:]+$|(?<=\d)(st|nd|rd|th)$", ""),  # 2\pi ≈ 6.28. -> 2\pi, 12th -> 12
-    (rf"((?<=[\d)}}])|(?<=\\pi))(?![a-zA-Z]\b) ?(?!{FUNCTION})({UNITS}|[a-zA-Z ]{{4,}})(?={END})",
-     r"\\text{\2}"),  # 5 ft -> 5\text{ft}
-    (r"\s+(?![a-zA-Z0-9\s])|(?<![a-zA-Z0-9])\s+", ""),  # 2 x + y -> 2 x+y
-    (r"\\text\{([°%])\}", r"\1"), (r"\}/\\text\{", "/"),  # \text{m}/\text{s} -> \text{m/s}
-    (r"\\text\{square (\w+)\}", r"\\text{\1}^{2}"),  # \text{square ft} -> \text{ft}^{2}
-    (r"(,|\\text\{,\})+", ","),  # 1\text{,}2 -> 1,2
-    (r"=(?=[^{}]*\}|[^,]*=)", ":"),  # \sum_{k=1}, x=1=2 -> \sum_{k:1}, x:1=2
-    (rf"^\\text\{{([^{{}}]*?)\.?\}}$|\\text\{{([ei]|[\d.]+|{FUNCTION})\}}", r"\1\2"),  # 2\text{i}
-    (r"^([a-zA-Z ]{4,}|[yY]es|[nN]o)$", lambda m: rf"\text{{{m[0].lower()}}}"),  # \text{yes}
+    (r"\^\{?\\circ\}?|,\\!|\{(?:,|.matrix)\}|\\?[a-zA-Z]+|\\.|.", lambda m: SYMBOL.get(m[0], m[0])),
+    (r"(^|[=*]) *-?\d{1,3}([, ]\d{3})+(?![\d,])", lambda m: re.sub("[, ]", "", m[0])),  # 4,000
+    (r"\}/\\text\{", "/"), (r"square (\w+\}?)", r"\1^2"),  # }/\text{ -> /; square in -> in^2
+    (rf"(?<=[\d)}}i])( +|(?!\w\b))({UNIT})(?=(\^\d)?\W*$)", r"\\text{\2}"),  # 5 ft -> 5\text{ft}
+    (r"\\?\s+(?![\w\s])|(?<!\w)\\?\s+|(?<=.)≈.*|[.,]+\s*$|(?<=\d)th$", ""),  # 2 x ≈ 3. -> 2 x
+    (r"^\\text\{([^{}]*?)\.?\}$|\\text\{([ei°%,])\}", r"\1\2"),  # \text{a.} -> a, 2\text{i} -> 2i
+    (r"^(?i:yes|no|(?!sqrt)[a-z]{4,})\b", lambda m: m[0].upper()),  # Yes -> YES
     (r"(_|\^|\\mathbb|\\sqrt) ?(\d+|[\w+*])|(\\frac|\\binom) ?(\d)", r"\1\3{\2\4}"),  # x^2 -> x^{2}
-]  # fmt: skip
-MEANING: list[tuple] = [  # what, by what  # an example
-    (r"(\d+|[a-zA-Z]|\([^()]*\))!", r"!{\1}"),  # 5! -> !{5}
-    (r"\\binom\{([^{}]*)\}\{?([^{}]*)\}?", r"\\frac{!{\1}}{!{\2}!{\1-(\2)}}"),  # \binom{5}{2} = 10
-    (r"\\sqrt\[(\w+)\](\{(?:[^{}]|\{[^{}]*\})*\}|\w)", r"(\2^{1/\1})"),  # \sqrt[3]{x} = {x}^{1/3}
-    (r"(?<![\w./^})])(\d+)(?:\\frac\{| )(\d+)[}/](\d+|\{\d+\})", r"(\1+\2/\3)"),  # 1 1/4 = 1+1/4
-    (r"\\?log_(\{\w+\})", r"(1/\\log\1)\\log "),  # \log_{2}8 = (1/\log{2})\log 8
-    (r"\\(sin|cos|tan)\^\{-1\}", r"\\a\1 "),  # \sin^{-1}x = \asin x
-    (r"\\(sin|cos|tan)\^\{(\d)\} ?(\\?\w+|\([^()]*\))", r"(\\\1 \3)^{\2}"),  # \sin^{2}x
-    (r"\\(angle|triangle) ?([A-Z]+)", r"\\text{\1\2}"),  # \angle ABC is a name
-    (r"(?<![\\a-zA-Z])([fgFG](?:_\{\w+\})?'*)\(([^()]*)\)", r"\1{(\2)}"),  # f(x-y) is f of x-y
-    (r"((?:(?<![\\a-zA-Z])[a-df-hj-zA-Z]|\\(?!pi)[a-zA-Z]+|\\text\{\w+\})(?:_\{\w+\})?'*)"
-     r"\(([^-+()]*)\)", r"\1{(\2)}"),  # u(x) is u of x, but a(x+1) is a product
-    (r"\+∞", "∞"), (r"(^|∈)\\mathbb\{R\}$", r"\1(-∞,∞)"),  # x∈\mathbb{R} -> x∈(-∞,∞)
-    (r"(?<![^,])[^,]*[>≥][^,]*", lambda m: "".join(re.split("([>≥])", m[0])[::-1])),  # 2>x -> x>2
-    (">", "<"), ("≥", "≤"),  # which now have their sides right
-    (r"(?<![^,«])([^,«»]*)±([^,«»]*)", r"\1+\2,\1-\2"),  # 1±x -> 1+x,1-x
-]  # fmt: skip
+    (r"(\d+|[a-zA-Z]|\([^()]*\))!", r"!{\1}"), (r"([^,±]*)±([^,]*)", r"\1+\2,\1-\2"),  # 1±5!
+    (r"\\binom\{([^{}]*)\}\{?([^{}]*)\}?", r"\\frac{!{\1}}{!{\2}!{\1-(\2)}}"),  # 5!/(2!(5-2)!)
+    (r"(?<![\w.^}])(\d+)(?:\\frac\{| )(\d+)[}{/]+(\d+)\}?", r"(\1+\2/\3)"),  # 1 1/4 -> (1+1/4)
+    (r"\^\{?[T*]|[A-Z]\^\{-|\\(l[fc]|angle|bar|vec|sqrt\[|log_)|[^-+,=<≤]∞|∞[^]),<≤]", r"|\g<0>"),
+    (r"^([^<>≤≥]*)>([^<>≤≥]*)$", r"\2<\1"), (r"^([^<>≤≥]*)≥([^<>≤≥]*)$", r"\2≤\1"),  # 2>x -> x<2
+    (r"(^|[({\[,=<>≤≥+])([+-])", r"\g<1>0\2"),  # -x -> 0-x
+]  # what gets a | is text, no formula: A^T, A^{-1}, \vec{v}, 2∞  # fmt: skip
+KNOWN = r"(?:\\[a-z]+(?![a-z])|[^a-df-z\\=])"  # no unknown: \tan, A, +, 2, e; not x+1=2
+LEFT = rf"^(?!.*\\n|{KNOWN}*([a-df-z])(?:{KNOWN}|\1)*=)(\([^()]*\)|[^,=<>≤≥∈()!])*=(?![a-zA-Z]*$)"
 ONE_SIDED: list[tuple] = [  # only if exactly one of the two answers has this sign: what, by what
-    ("[=∈]", rf"^([^a-zA-Z=]+)=[a-zA-Z]$|(^|,){NAME}[=∈](?![a-zA-Z]*$)", r"\1\2"),  # x=2 -> 2
-    ("for|where", r"(?<=[a-zA-Z)}])[, ]*(\\text\{)?,?(where|for (all|some))\b.*$", ""),  # for all x
-    (r"\\text|°|%", rf"(?<=[\w)}}])\\text\{{(?:{UNITS}|{THINGS})\}}(?:\^\{{\d\}})?(?=,|$)", ""),
-    (r"\\text|°", r"^(?!.*(?:sin|cos|tan))(.*)°$", r"\1"),  # 30° -> 30
-    (":", r"^([\d.]+):([\d.]+)$", r"\1/\2"), ("«", r"^«([^,]*)»$", r"\1"),  # 1:2 -> 1/2, «4» -> 4
-    # x<2 -> (-∞,2)
-    ("[<≤]", r"(?<![^,])(?=[^,]*[<≤])(?:([^<≤,]+)([<≤]))?\\?[a-zA-Z]+(?:([<≤])([^<≤,]+))?(?![^,])",
-     lambda m: "(["[m[2] == "≤"] + f"{m[1] or '-∞'},{m[4] or '∞'}" + ")]"[m[3] == "≤"]),
-]  # fmt: skip
-EXTRA: list[tuple] = [  # only if the gold is this: what the other answer says too much, by what
-    # a+b=2 -> 2, but not x+1=2, an equation in one letter
-    (r"[^=∈<≤]*", rf"^(?!.*\b(?:if|for|when|where)\b|{OTHER}*([a-df-z])(?:{OTHER}|\1)*=)"
-     r"[^,=<≤≠∈]*=(?![a-zA-Z]*$)", ""),
-    (r"\(?[A-J]\)?", r"^(?:\\text\{)?\(?([A-Ja-j])[).:](?!.*[(,][A-J]\b).*",
-     lambda m: m[1].upper()),  # (E) 12 -> E
-    (r"\\text\{(?:yes|no|true|false)\}", r"^(?:\\text\{)?(?i:(yes|no|true|false)\}?[,.;:(]"
-     r"(?!.*\b(?:yes|no|true|false|if|unless)\b)).*", lambda m: rf"\text{{{m[1].lower()}}}"),
-]  # fmt: skip
-NO_FORMULA = r"\^\{?[T*]|[A-Z]\^\{-1\}|\\l(floor|ceil)"  # matrices do not commute
-NO_FORMULA += r"|[\w)}\]»*/^!|{][-+]?∞|∞[^)\],<≤»]|\(∞\)"  # ∞ is an end of an interval, no number
-
-TOKEN = r"\\?(text\{[^{}]*\}|(?:\d*\.\d{1,8}|\d+)(?:[eE](?:\d\d?|-\d\d)|(?<=\.\d)e-\d)?(?!\d)|"
-TOKEN += rf"(?:(?<=\\)[a-zA-Z]+|{FUNCTION}|[a-zA-Z]{{4,}}|[a-zA-Z])'*(?:_\{{[^{{}}]*\}})?'*|\S)"
-NAMES = ("sqrt", "exp", "log", "sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan")
-FUNCTIONS: dict = {name: getattr(cmath, name) for name in NAMES} | {
-    "ln": cmath.log, "cot": lambda z: 1 / cmath.tan(z),
-    "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z),
-    "!": lambda n: math.gamma(n + 1) if n % 1 or n > 500 else Fraction(math.factorial(int(n))),
-}  # fmt: skip
-SIGNS: dict = {"+": add, "-": sub, "=": sub, "*": mul, "/": truediv, "^": pow}
-BITS = 7000  # of the longest exact number
-CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi, "°": math.pi / 180}  # other letters are random
+    ("[=∈]", r"(^|,)(?!\\n)(\\?[a-zA-Z]+(_\{.*?\})?|\w'*\([^()=]*\))[=∈](?![a-zA-Z]*$)", r"\1"),
+    (r"\\text|[°%]", rf"^\\text\{{dollars\}}\*|([°%]|/?\\text\{{{UNIT}\}}(\^\{{\d\}})?)+$", ""),
+    (r"^([A-J]|\([A-J]\)|YES|NO|TRUE|FALSE)$",
+     r"^(\\text\{)?\(?([A-Ja-j](?!,)|YES|NO|TRUE|FALSE)[).};,]"
+     r"(?!.*(\b([A-J]|(?i:yes|no|true|false|if|but))\b|\b[a-j]\))).*", lambda m: m[2].upper()),
+]  # as x=2 and 2, 5\text{ft} and 5, (E) 12 and E  # fmt: skip
+WORD = r"(?:text\{[^{}]*\}|(?<=\\)[a-zA-Z]+|[a-zA-Z]{4,}|[a-zA-Z])(?:_\{[^{}]*\}|')*"  # x_{1}, \pi
+TOKEN = rf"\\?({WORD}|(?:\d{{0,15}}\.\d{{1,8}}(?:e-?\d\d?)?|\d{{1,15}}(?:e\d\d?)?)(?!\d)|\S)"
+OPERATIONS: dict = {f: getattr(cmath, f) for f in ("sqrt", "exp", "log", "sin", "cos", "tan")} | {
+    "ln": cmath.log, "!": lambda n: math.gamma(n + 1), "+": add, "-": sub, "*": mul, "/": truediv,
+    "^": lambda a, b: a**b if a else math.nan, "=": lambda a, b: 31e-6 * compute("-", a, b) ** 2,
+}  # equal sides leave 0, others a number with a factor of its own: x=2 is not x-2  # fmt: skip
+CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi, "|": math.nan}  # what has a | is no formula
 RELATION, SUM, PRODUCT, ADJACENT, POWER = 1, 2, 3, 4, 5  # how tightly signs bind; ADJACENT: 2x
-BINDS = dict.fromkeys("=<≤≠:∈", RELATION) | {"+": SUM, "-": SUM, "^": POWER}
-BINDS |= dict.fromkeys(["*", "/", "(", *FUNCTIONS], PRODUCT)
-BINDS |= dict.fromkeys(")]}»,_|.0123456789", 0)  # here a formula ends
-# The names of what has no value of its own; the number of an item, 0 and on, takes the place of #.
-BRACKETS = {"()": "(#)", "[]": "[#]", "(]": "(#]", "[)": "[#)", "{}": "{}", "«»": "{}"}
-INSIDE = r"\{(?:[^{}\\]|\\(?!boxed|fbox)."
-GROUP = rf"{INSIDE}|" * 8 + rf"{INSIDE})*\}}" + r")*\}" * 8  # {...}, nine deep, without a box
+BINDS = dict.fromkeys([*OPERATIONS, "("], PRODUCT) | dict.fromkeys("=<>≤≥", RELATION)
+BINDS |= {"+": SUM, "-": SUM, "^": POWER} | dict.fromkeys(")]},_.0123456789", 0)  # 0: the end
+BRACKETS = {"()": "(#)", "[]": "[#]", "(]": "(#]", "[)": "[#)", "{}": "{}"}  # #: an item's place
+GROUP = r"\{(?:[^{}\\]|\\(?!boxed|fbox).|" * 9 + "(?!)" + r")*\}" * 9  # {...}, nine deep, no box
 
 
 def find_boxes(text: str) -> list[str]:
     r"""What is in each \boxed{...}, \fbox{...} and \boxed 7, unless it is nothing or a box."""
     boxes = re.findall(rf"\\(?:boxed|fbox)\s*({GROUP}|-?[\d.]*\d)", text, re.DOTALL)
-    return [inside for box in boxes if (inside := re.sub(r"^\{\s*|\s*\}$", "", box))]
+    return [inside for box in boxes if (inside := box[1:-1].strip() if box[0] == "{" else box)]
 
 
 def extract_boxed(text: str) -> str | None:
@@ -902,47 +850,30 @@ def extract_boxed(text: str) -> str | None:
 
 def math_reward(completion: str, answer: str) -> float:
     r"""1.0 if the last \boxed{} of the completion holds the answer, else 0.0; fast for any texts.
-
-    Formulas are numbers, exact or to ten digits. Letters are random ones: formulas equal at two
-    points are equal (Schwartz, Zippel). So letters commute, and an unfinished formula of equal
-    value counts, even the question's own: repeating it earns 5 % of MATH500. What is no formula is
-    compared as text. It does not know |-3|, 0.333..., sums, limits, nor that sin(pi) is 0.
-    """
+    Formulas are numbers, to ten digits, for random letters: so letters commute, and an unfinished
+    formula counts, even the question's own (5 % of MATH500). All else is text, as |x|, \log_2 x."""
     given, gold = extract_boxed(completion[-20_000:]) or "", answer.strip()
     if given == gold or max(len(given), len(gold)) > 250:
         return float(given == gold != "")
-    for pattern, by in LAYOUT + MEANING:
+    for pattern, by in LAYOUT:
         given, gold = re.sub(pattern, by, given), re.sub(pattern, by, gold)
-        if given == gold:
-            return float(gold != "")
-    for this, pattern, by in EXTRA:
-        given = re.sub(pattern, by, given) if re.fullmatch(this, gold) else given
+    given = given if re.search("[=<>≤≥∈]", gold) else re.sub(LEFT, "", given)  # a+b=2
     for sign, pattern, by in ONE_SIDED:
         if bool(re.search(sign, given)) != bool(re.search(sign, gold)):
             given, gold = re.sub(pattern, by, given), re.sub(pattern, by, gold)
-    if given == gold or re.search(NO_FORMULA, f"{given} {gold}") or ("=" in given) != ("=" in gold):
-        return float(given == gold != "")
-    factors = {1, Fraction(100) ** (given.endswith("%") - gold.endswith("%"))}  # 50% is 50, or 0.5
-    try:
-        for point in "pq":
-            a, b = value(given.rstrip("%"), point), value(gold.rstrip("%"), point)
-            if "=" in gold:  # an equation stays the same if it is multiplied by a number
-                a, b = a / value(given, "r"), b / value(gold, "r")
-            e = 0 if isinstance(a - b, Fraction) else 1e-10
-            factors = {k for k in factors if abs(a - b * k) <= e * min(abs(a), abs(b * k))}
-        return float(bool(factors))
-    except Exception:  # KeyError, ZeroDivisionError, OverflowError, ...: not a formula
-        return 0.0
+    with contextlib.suppress(Exception):  # KeyError, OverflowError, ...: not a formula
+        pairs = [(value(given, point), value(gold, point)) for point in "pq"]
+        return float(all(abs(a - b) <= min(1e-3, 1e-10 * abs(b)) for a, b in pairs))
+    return float(given == gold != "")
 
 
 def value(text: str, point: str) -> Any:
     """The number that a formula stands for at a point of random letters, by a Pratt parser."""
-    # Tokens stand in reverse, so that pop() reads the next one. The text gets braces and a ")" at
-    # its end, so that there always is a next token, and none that could be read beyond the end.
-    tokens = [")", "}", *re.findall(TOKEN, text, re.ASCII)[::-1], "{"]
+    # In reverse, for pop(). Braces make one formula or list of it; the last, ")", is never read.
+    tokens = [")", "}", *re.findall(TOKEN, text)[::-1], "{"]
 
-    def unknown(name: str, *items: Any) -> Any:  # a letter; what has no value, by its items: f(a)
-        number: Any = Fraction(Random(name + point).randint(1, 30_000), 10_007)
+    def unknown(name: str, *items: Any) -> Any:  # a letter x; f(a) or (a,b), by name and items
+        number: Any = Random(name + point).uniform(1, 2)
         for i, item in enumerate(items):
             number = compute("/", number, compute("-", unknown(name.replace("#", str(i))), item))
         return number
@@ -950,17 +881,14 @@ def value(text: str, point: str) -> Any:
     def formula(level: int) -> Any:  # reads on while signs bind more tightly than level
         number = operand()
         while (binds := BINDS.get(tokens[-1], BINDS.get(tokens[-1][0], ADJACENT))) > level:
-            sign = tokens.pop() if tokens[-1] in SIGNS or binds == RELATION else "*"
-            other = formula(ADJACENT if binds > SUM else binds)
-            known = sign in SIGNS
-            number = compute(sign, number, other) if known else unknown("#" + sign, number, other)
+            sign = tokens.pop() if tokens[-1] in "+-*/^=<>≤≥" else "*"
+            join = partial(compute, sign) if sign in OPERATIONS else partial(unknown, sign + "#")
+            number = join(number, formula(ADJACENT if binds > SUM else binds))
         return number
 
     def operand() -> Any:
         token = tokens.pop()
-        if token in "+-":
-            return compute(token, 0, formula(PRODUCT))
-        if token in "([{«":
+        if token in "([{":
             items = [formula(0)]
             while (end := tokens.pop()) == ",":
                 items.append(formula(0))
@@ -968,35 +896,22 @@ def value(text: str, point: str) -> Any:
             return items[0] if one else unknown(BRACKETS[token + end], *items)
         if token == "frac":
             return compute("/", operand(), operand())
-        if token in FUNCTIONS:
-            return compute(token, formula(POWER if tokens[-1] in "([{" else PRODUCT))
-        if token[-1].isdigit():
-            return Fraction(token)
-        if token in BINDS:
-            raise ValueError("a sign stands where a number should")
-        number = CONSTANTS.get(token) or unknown(token)
-        while tokens[-1] == "{":
+        if token in OPERATIONS:
+            return compute(token, formula(POWER if tokens[-1] in "([{" else PRODUCT))  # or sin 2x
+        number = float(token) if token[-1].isdigit() else CONSTANTS.get(token) or unknown(token)
+        while re.match(r".*\{$|([fghoFGHJOP]|(?!pi)[a-zA-Z]{2}).*\($", token + tokens[-1]):  # f(x)
             number = unknown("f#", number, operand())
         return number
 
-    return formula(0)
+    return formula(0) / (len(tokens) == 1)  # an error if something is left
 
 
-def compute(name: str, a: Any, b: Any = 0) -> Any:
-    """a + b, sin a, ...: a Fraction if it is exact; an error if it is too long or inaccurate."""
-    bits = (a.numerator * a.denominator).bit_length() if isinstance(a, Fraction) else 1
-    if name == "^" and not 0 < bits * max(1, abs(b)) <= BITS:
-        raise ValueError("0^0 is no number, and a long power takes long")
-    number = SIGNS[name](a, b) if name in SIGNS else FUNCTIONS[name](a)
-    if isinstance(number, Fraction):
-        good = max(abs(number.numerator), number.denominator).bit_length() < BITS
-    else:  # what is infinite, nearly 0 or the small difference of large numbers has no digits
-        sizes = [abs(n) for n in (a, b, number) if n]
-        good = 1e-150 < abs(number) < 1e150 and (
-            name not in "+-=" or min(sizes) > 1e-7 * max(sizes)
-        )
-    if not good:
-        raise ArithmeticError("not a number that can be compared")
+def compute(name: str, *items: Any) -> Any:
+    """a + b, sin a, ...; an error if it is 0, huge, tiny or a sum that lost seven digits."""
+    number = OPERATIONS[name](*items)
+    sizes = [abs(n) for n in (*items, number) if n]
+    if not 1e-150 < abs(number) < 1e150 or (name in "+-" and min(sizes) < 1e-7 * max(sizes)):
+        raise ArithmeticError("zero, infinite or inaccurate")
     return number
 
 
