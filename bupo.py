@@ -21,7 +21,7 @@ The idea, in seven steps:
     stream after block l of L, and the model's policy is pi = softmax(E_u norm(H^L)), where E_u is
     the unembedding (`lm_head`).
  2. Send the H^l of a lower block through the same norm and E_u, and it answers, too: a logit lens.
-    BuPO calls this the internal layer policy, pi^l = softmax(E_u norm(H^l)).
+    This is the internal layer policy, pi^l = softmax(E_u norm(H^l)), with or without the norm.
  3. GRPO (group relative policy optimization) samples G completions of a problem from pi. Those
     whose boxed answer is right get the reward 1, the others 0.
  4. The advantage A of a completion is its reward, normalized within its group of G.
@@ -33,8 +33,8 @@ The idea, in seven steps:
     rewarding a low policy makes its layers find early what the reasoning needs.
 
 An example: the rewards 1 0 0 1 have the mean 0.5 and the (unbiased) standard deviation 0.577, so A
-is +-0.866. Let rho be a token's probability now, divided by that before the first update of this
-step, such as 0.13 / 0.10 = 1.3:
+is +-0.866. A step is a rollout and some updates. Let rho be a token's probability now, divided by
+that before the first of these updates, such as 0.13 / 0.10 = 1.3:
 
     A = +0.866, rho = 1.1   counts as rho A = +0.95; its gradient makes the token likelier still
     A = +0.866, rho = 1.3   counts as 1.2 A = +1.04; clipped: no more gradient
@@ -43,7 +43,7 @@ step, such as 0.13 / 0.10 = 1.3:
 
 At rho = 1 the gradient of rho A is A grad log pi^l: the policy gradient.
 
-The letters, for tiny/ and for Qwen3-1.7B:
+The letters, with their sizes:          tiny/      1.7B (Qwen3)
 
     L   blocks, l: the one of phase 1       6        28
     D   numbers in a hidden state          64     2,048
@@ -55,10 +55,11 @@ The letters, for tiny/ and for Qwen3-1.7B:
     T   tokens of the longest of them, prompt included; the others are padded
     N   completion tokens of a micro-batch: these are trained, those of prompts are not
 
-No importance weight pi^l / pi makes up for pi having written what pi^l learns from: the paper gives
-no reason, it is a heuristic. The sampler's log-probabilities do not serve as the old ones in rho:
-in phase 1 they are of pi, not of pi^l; in phase 2 they are rounded differently. Phase 1 is short,
-since the blocks above l go on reading a stream that changes under them: a long one ruins pi.
+Why no importance weight pi^l / pi, although pi wrote what pi^l learns from? The paper has none and
+gives no reason: it is a heuristic. Why are the sampler's log-probabilities not the old ones in rho?
+In phase 1 they are of pi, not of pi^l; in phase 2, decoding with a cache rounds them differently.
+Why is phase 1 short? The blocks above l go on reading a stream that changes under them: a long one
+ruins pi.
 
 On purpose, this file departs from the paper (P) or from the authors' code (C):
 
@@ -71,19 +72,19 @@ On purpose, this file departs from the paper (P) or from the authors' code (C):
 
 Equation and table numbers are those of the paper's version 3. The map:
 
-     1 Settings                 lines 131-187   Config
-     2 Internal policies        lines 190-273   internal_hidden, policy_logits, token_logps
-     3 Objective                lines 276-298   group_advantages, clipped_surrogate
-     4 Training                 lines 301-452   train, update
-     5 Rollouts                 lines 455-616   SlotCache, sample
-     6 Which layer              lines 619-680   residual_stream, boundary_layer
-     7 Masters                  lines 683-749   MasterAdamW
-     8 Evaluation               lines 752-777   evaluate
-    The storeroom, from line 780 on: you may stop there.
-     9 Reward                   lines 786-915   math_reward
-    10 Problems                 lines 918-1050  load_problems
-    11 Model                    lines 1053-1278  load_model, check_model, encode
-    12 Files and command line   lines 1281-1505  main
+     1 Settings                 lines 132-188   Config
+     2 Internal policies        lines 191-274   internal_hidden, policy_logits, token_logps
+     3 Objective                lines 277-299   group_advantages, clipped_surrogate
+     4 Training                 lines 302-463   train, update
+     5 Rollouts                 lines 466-632   SlotCache, sample
+     6 Which layer              lines 635-696   residual_stream, boundary_layer
+     7 Masters                  lines 699-765   MasterAdamW
+     8 Evaluation               lines 768-793   evaluate
+    The storeroom, from line 796 on: you may stop there.
+     9 Reward                   lines 802-931   math_reward
+    10 Problems                 lines 934-1066  load_problems
+    11 Model                    lines 1069-1281  load_model, check_model, encode
+    12 Files and command line   lines 1284-1508  main
 """
 
 from __future__ import annotations
@@ -143,14 +144,14 @@ def setting(default: Any, meaning: str) -> Any:
 @dataclass
 class Config:
     """The settings of a run; each is a flag of the command line. In parentheses: the paper's value.
-    settings.json in a model's folder changes the defaults, as that in tiny/ does for tiny."""
+    settings.json in a model's folder changes the defaults: in tiny/, to 60 steps, 10 in phase 1."""
 
     model: str = setting("tiny", "a folder, that of a run, or an id on the Hub")
     dataset: str = setting(DATA + "deepmath-5k.parquet", "to train on: a file, a URL, a Hub id")
     eval_dataset: str = setting(DATA + "math500.parquet", "held out, to evaluate")
     system: str = setting(SYSTEM, "system message of problems that bring none")
     # The method:
-    internal_layer: str = setting("auto", "l of phase 1: a number, or auto (6 for Qwen3-4B)")
+    internal_layer: str = setting("auto", "l of phase 1: a number, or auto (Qwen3-4B: 6)")
     internal_steps: int = setting(30, "steps of phase 1; 0: plain GRPO (30 or 20)")
     internal_norm: Literal["final", "none"] = setting("final", "norm in pi^l (the paper: both)")
     loss_average: Literal["token", "sequence"] = setting("token", "unit of the mean (sequence)")
@@ -162,7 +163,7 @@ class Config:
     mini_batch: int = setting(8, "problems in an optimizer update (32)")
     lr: float = setting(1e-6, "learning rate of AdamW (1e-6)")
     lr_warmup_steps: int = setting(1, "steps in which it rises to --lr (1)")
-    temperature: float = setting(1.0, "of sampling and of all policies (1)")
+    temperature: float = setting(1.0, "of sampling and of what is trained (1)")
     max_prompt_tokens: int = setting(1024, "longer prompts are dropped (1,024)")
     max_new_tokens: int = setting(2048, "longer completions are cut (7,168)")
     # Evaluation:
@@ -391,10 +392,12 @@ def update(
 
     def score(micro: list[int], with_entropies: bool) -> tuple[Tensor, Tensor | None]:  # (N,) each
         ids, mask = pad([sequences[i] for i in micro], model.device)  # (B, T) each
-        how = config.internal_norm == "final", config.temperature, with_entropies
-        return token_logps(model, ids, mask, layer, *how, config.gradient_checkpointing)
+        norm, recompute = config.internal_norm == "final", config.gradient_checkpointing
+        how: Any = dict(norm=norm, temperature=config.temperature, recompute=recompute)
+        return token_logps(model, ids, mask, layer, with_entropies=with_entropies, **how)
 
-    # The plan: mini-batches, each a list of micro-batches of completions with an advantage.
+    # The plan: mini-batches, each a list of micro-batches of completions with an advantage:
+    # of completions 0 1 2 3 with advantages 0 + - +, two in a mini-batch, [[1]] and [[2, 3]].
     starts = range(0, len(sequences), size)
     learning = [[i for i in range(s, s + size) if advantages[i] != 0] for s in starts]
     plan = [micro_batches(sequences, limit, indices) for indices in learning if indices]
@@ -412,7 +415,7 @@ def update(
             entropies += [] if nats is None else [nats]
             if old_logps is None:  # the first mini-batch: rho = 1
                 old_logps = logps.detach()  # (N,)
-            owner = torch.tensor(micro).repeat_interleave(lengths[micro])  # (N,), of each token
+            owner = torch.tensor(micro).repeat_interleave(lengths[micro])  # (N,): 7 7 9 9 9
             advantage, weight = advantages[owner].to(logps), weights[owner].to(logps)  # (N,) each
             surrogate = clipped_surrogate(logps, old_logps, advantage, config.clip)  # (N,)
             loss = -(weight * surrogate).sum()
@@ -452,6 +455,14 @@ def micro_batches(sequences: Sequences, tokens: int, indices: Iterable[int]) -> 
     return micros
 
 
+def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
+    """The indices of a step's problems: all come once in each epoch, in an order of its own."""
+    places = range((step - 1) * size, step * size)
+    epochs = {place // count for place in places}
+    orders = {n: Random(f"{seed} {n}").sample(range(count), count) for n in epochs}
+    return [orders[place // count][place % count] for place in places]
+
+
 # 5 Rollouts =======================================================================================
 
 
@@ -477,6 +488,11 @@ def rollout(
     completions = sample(model, prompts, most, end_ids, config.temperature, rows, stream, purpose)
     torch.cuda.empty_cache()  # an update needs blocks of other sizes
     return completions
+
+
+def random_stream(device: str | torch.device, seed: int, purpose: str) -> torch.Generator:
+    """A generator that seed and purpose determine: nothing to save, and none disturbs another."""
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
 
 
 @torch.no_grad()
@@ -1253,19 +1269,6 @@ def micro_batch_tokens(model: Model, optimizer: MasterAdamW, layer: int, config:
     return int(max(4096, min(most, in_head, in_block)))
 
 
-def random_stream(device: str | torch.device, seed: int, purpose: str) -> torch.Generator:
-    """A generator that seed and purpose determine: nothing to save, and none disturbs another."""
-    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
-
-
-def problems_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
-    """The indices of a step's problems: all come once in each epoch, in an order of its own."""
-    places = range((step - 1) * size, step * size)
-    epochs = {place // count for place in places}
-    orders = {n: Random(f"{seed} {n}").sample(range(count), count) for n in epochs}
-    return [orders[place // count][place % count] for place in places]
-
-
 @torch.no_grad()
 def sampling_error(model: Model, completions: list[Completion], temperature: float) -> float:
     """Mean |log pi as sampled - log pi as scored|, in nats, of 1 completion in 16, about eight at
@@ -1282,7 +1285,7 @@ def sampling_error(model: Model, completions: list[Completion], temperature: flo
 
 AUTO = ("internal_layer", "rollout_rows", "micro_batch_tokens")  # auto or a number
 LEAST = dict(group_size=2, clip=1e-6, temperature=1e-6, internal_steps=0, steps=0, eval_problems=0)
-LEAST |= dict(threads=0, seed=0, keep=0, lr=0)  # of other numbers: 1
+LEAST |= dict(threads=0, seed=0, keep=0)  # of others: 1 of integers, else 0
 
 
 class UsageError(ValueError):
@@ -1304,7 +1307,7 @@ def explain(problem: str, fix: str) -> Iterator[None]:
 def check_settings(config: Config) -> None:
     """Refuse settings that cannot work."""
     for name, value in asdict(config).items():
-        flag, least = "--" + name.replace("_", "-"), LEAST.get(name, 1)
+        flag, least = "--" + name.replace("_", "-"), LEAST.get(name, int(type(value) is int))
         if type(value) in (int, float) and not least <= value < math.inf:
             raise UsageError(f"{flag} must be {least} or more, not {value}.")
         if name in AUTO and not re.fullmatch("auto|[1-9][0-9]*", value):

@@ -1041,7 +1041,7 @@ def test_bad_input_gets_one_sentence(arguments, word, brief, finished, tmp_path,
 
 # The file =========================================================================================
 
-MOST_LINES, MOST_BYTES = 1510, 85_000
+MOST_LINES, MOST_BYTES = 1508, 85_000
 TRAIN_ENDS, STOREROOM_BEGINS = 450, 800
 
 
