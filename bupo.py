@@ -1,6 +1,6 @@
 r"""Bottom-up Policy Optimization (BuPO, arXiv 2512.19673) in one file.
 
-    $ python bupo.py --out runs/x         # three minutes on one core; no GPU, no network
+    $ python bupo.py --out runs/x         # 2 to 3 minutes on one core; no GPU, no network
     Evaluation  step 0: avg@4 39.5% (standard error 1.6%), pass@4 84.4%, 256 held-out problems
     Boundary    layer 4; FFN entropy change of each layer: +0.70 +0.42 +0.32 +1.00 -0.03 +0.25
     Evaluation  step 60: avg@4 77.1% (standard error 1.6%), pass@4 97.7%, 256 held-out problems
