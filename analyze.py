@@ -575,8 +575,8 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     try:
         (work, ending, _), options = parse(arguments)
-        out = Path((options.out or ".").removesuffix(".png"))
-        out = out / ending if out.is_dir() else out
+        out = Path(options.out or ".")
+        out = out / ending if out.is_dir() else Path(str(out).removesuffix(".png"))
         out.parent.mkdir(parents=True, exist_ok=True)  # better to fail before the work
         facts, figure, *page = work(options)
         Path(f"{out}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

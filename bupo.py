@@ -844,7 +844,7 @@ TOKEN = rf"\\?({WORD}|(?:\d{{0,15}}\.\d{{1,8}}(?:e-?\d\d?)?|\d{{1,15}}(?:e\d\d?)
 OPERATIONS: dict = {f: getattr(cmath, f) for f in ("sqrt", "exp", "log", "sin", "cos", "tan")} | {
     "ln": cmath.log, "!": lambda n: math.gamma(n + 1), "+": add, "-": sub, "*": mul, "/": truediv,
     "^": lambda a, b: a**b if a else math.nan, "=": lambda a, b: 31e-6 * compute("-", a, b) ** 2,
-}  # equal sides leave 0, others a number with a factor of its own: x=2 is not x-2  # fmt: skip
+}  # =: the difference squared, so that x=2 is 2=x, times a number: it is not (x-2)^2  # fmt: skip
 CONSTANTS = {"e": math.e, "i": 1j, "pi": math.pi, "|": math.nan}  # what has a | is no formula
 RELATION, SUM, PRODUCT, ADJACENT, POWER = 1, 2, 3, 4, 5  # how tightly signs bind; ADJACENT: 2x
 BINDS = dict.fromkeys([*OPERATIONS, "("], PRODUCT) | dict.fromkeys("=<>≤≥", RELATION)
