@@ -415,7 +415,7 @@ def update(
             entropies += [] if nats is None else [nats]
             if old_logps is None:  # the first mini-batch: rho = 1
                 old_logps = logps.detach()  # (N,)
-            owner = torch.tensor(micro).repeat_interleave(lengths[micro])  # (N,): 7 7 9 9 9
+            owner = torch.tensor(micro).repeat_interleave(lengths[micro])  # (N,), as 7 7 9 9 9
             advantage, weight = advantages[owner].to(logps), weights[owner].to(logps)  # (N,) each
             surrogate = clipped_surrogate(logps, old_logps, advantage, config.clip)  # (N,)
             loss = -(weight * surrogate).sum()
@@ -823,14 +823,14 @@ LAYOUT: list[tuple] = [  # what, by what  # an example
     (r"^\\text\{([^{}]*?)\.?\}$|\\text\{([ei°%,])\}", r"\1\2"),  # \text{a.} -> a, 2\text{i} -> 2i
     (r"^(?i:yes|no|(?!sqrt)[a-z]{4,})\b", lambda m: m[0].upper()),  # Yes -> YES
     (r"(_|\^|\\mathbb|\\sqrt) ?(\d+|[\w+*])|(\\frac|\\binom) ?(\d)", r"\1\3{\2\4}"),  # x^2 -> x^{2}
-    (r"(\d+|[a-zA-Z]|\([^()]*\))!", r"!{\1}"), (r"([^,±]*)±([^,]*)", r"\1+\2,\1-\2"),  # 1±5!
+    (r"(\d+|[a-zA-Z]|\([^()]*\))!", r"!{\1}"), (r"([^,±]*)±([^,]*)", r"\1+\2,\1-\2"),  # 5!, 1±x
     (r"\\binom\{([^{}]*)\}\{?([^{}]*)\}?", r"\\frac{!{\1}}{!{\2}!{\1-(\2)}}"),  # 5!/(2!(5-2)!)
     (r"(?<![\w.^}])(\d+)(?:\\frac\{| )(\d+)[}{/]+(\d+)\}?", r"(\1+\2/\3)"),  # 1 1/4 -> (1+1/4)
     (r"\^\{?[T*]|[A-Z]\^\{-|\\(l[fc]|angle|bar|vec|sqrt\[|log_)|[^-+,=<≤]∞|∞[^]),<≤]", r"|\g<0>"),
     (r"^([^<>≤≥]*)>([^<>≤≥]*)$", r"\2<\1"), (r"^([^<>≤≥]*)≥([^<>≤≥]*)$", r"\2≤\1"),  # 2>x -> x<2
     (r"(^|[({\[,=<>≤≥+])([+-])", r"\g<1>0\2"),  # -x -> 0-x
 ]  # what gets a | is text, no formula: A^T, A^{-1}, \vec{v}, 2∞  # fmt: skip
-KNOWN = r"(?:\\[a-z]+(?![a-z])|[^a-df-z\\=])"  # no unknown: \tan, A, +, 2, e; not x+1=2
+KNOWN = r"(?:\\[a-z]+(?![a-z])|[^a-df-z\\=])"  # all but an unknown: \tan, A, +, 2, e
 LEFT = rf"^(?!.*\\n|{KNOWN}*([a-df-z])(?:{KNOWN}|\1)*=)(\([^()]*\)|[^,=<>≤≥∈()!])*=(?![a-zA-Z]*$)"
 ONE_SIDED: list[tuple] = [  # only if exactly one of the two answers has this sign: what, by what
     ("[=∈]", r"(^|,)(?!\\n)(\\?[a-zA-Z]+(_\{.*?\})?|\w'*\([^()=]*\))[=∈](?![a-zA-Z]*$)", r"\1"),
@@ -1307,7 +1307,7 @@ def explain(problem: str, fix: str) -> Iterator[None]:
 def check_settings(config: Config) -> None:
     """Refuse settings that cannot work."""
     for name, value in asdict(config).items():
-        flag, least = "--" + name.replace("_", "-"), LEAST.get(name, int(type(value) is int))
+        flag, least = "--" + name.replace("_", "-"), LEAST.get(name, 1 if type(value) is int else 0)
         if type(value) in (int, float) and not least <= value < math.inf:
             raise UsageError(f"{flag} must be {least} or more, not {value}.")
         if name in AUTO and not re.fullmatch("auto|[1-9][0-9]*", value):
