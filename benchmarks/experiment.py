@@ -10,7 +10,6 @@ bupo.py, by exercises/check.py. A run that is in results/ is not made again. Pri
 """
 
 import argparse
-import itertools
 import json
 import math
 import random
@@ -162,7 +161,7 @@ def cost(folder: Path, turns: int) -> None:
     """The time of a step (2 to 9; BuPO's of phase 1), as a share of one of GRPO in its turn."""
     settings = SETTINGS | BLOCKS
     runs: dict[str, dict[str, Any]] = {name: dict(setting=name, shares=[]) for name in settings}
-    for _, name in itertools.product(range(turns), settings):
+    for name in [*settings] * turns:
         script, flags = script_and_flags(folder, settings, name)
         log = train(script, folder / "cost", **flags, model="tiny", steps=9, eval_problems=0)
         seconds = median(line["seconds"] for line in log[1:])
@@ -173,10 +172,10 @@ def cost(folder: Path, turns: int) -> None:
 
 
 def table_of(file: Path) -> Table:
-    table: Table = {}
+    table: Table = {name: {} for name in SETTINGS | BLOCKS}  # in this order
     for run in runs_of(file):
         table.setdefault(run["setting"], {})[tuple(run["pair"])] = run["accuracy"]
-    return table
+    return {name: accuracies for name, accuracies in table.items() if accuracies}
 
 
 def differences(table: Table, name: str) -> dict[Pair, float]:
@@ -217,7 +216,7 @@ def draw(tables: dict[str, Table]) -> None:
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=title, xlabel="accuracy minus GRPO's, points")
         axis.invert_yaxis()
-    figure.suptitle("A dot a pair (base model 0 blue, 1 red),\nblack: mean, two standard errors")
+    figure.suptitle("A dot a pair (base model 0 blue, 1 orange),\nblack: mean, two standard errors")
     figure.savefig(ROOT / "assets" / "rivals.png", dpi=150)
 
 
@@ -248,7 +247,8 @@ def main() -> None:
     for run in runs_of(files["beta"]):
         print(f"{run['setting']}: reward of the last 20 steps {fmean(run['reward'][-20:]):.3f}")
     settings, blocks, long = (table_of(files[name]) for name in ("settings", "blocks", "long"))
-    blocks = {"GRPO": settings.get("GRPO", {}), **blocks}
+    grpo = {pair: own for pair, own in settings.get("GRPO", {}).items() if pair in PAIRS[:5]}
+    blocks = {"GRPO": grpo, **blocks}
     tables = {"60 steps": settings, "60 steps, one block alone": blocks, "150 steps": long}
     for title, table in tables.items():
         print_table(title, table)
