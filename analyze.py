@@ -23,7 +23,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-import transformers
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 from tqdm import tqdm
@@ -40,7 +39,7 @@ PANELS = {  # of the profile
     "layer": (r"Entropy change $H(\pi^l) - H(\pi^{l-1})$", "entropy change (nats)"),
     "distance": (r"How far $\pi^l$ is from the policy $\pi$", "nats per token"),
     "top": (r"Top token of $\pi^l$ is that of $\pi$", "share of tokens"),
-    "cosine": ("What is written, and the stream it joins", "cosine similarity"),
+    "cosine": ("Cosine with the stream it is added to", "cosine similarity"),
 }
 MEASURES = {  # of `measure`: the column in the table, panel and label in the profile
     "policy": ("H(pi^l)", "policies", r"layer $\pi^l$"),
@@ -195,7 +194,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 CURVES = {  # what --runs draws of the logs
     "reward": ("Reward in training", "mean reward"),
     "eval_avg": ("Held-out accuracy, avg@k", "share of right answers"),
-    "eval_pass": ("pass@k at the last evaluation", "share of problems solved"),
+    "eval_pass": ("pass@k at each run's last evaluation", "share of problems solved"),
     "entropy": (r"Entropy of the policy $\pi$", "entropy (nats)"),
     "layer_entropy": ("Entropy of the policy being optimized", "entropy (nats)"),
     "completion_tokens": ("Completion length", "tokens per completion"),
@@ -341,7 +340,9 @@ def draw_lens(found: list[dict]) -> plt.Figure:
         axis.set_yticks([y - 0.5 for y in range(len(names))], names)
         axis.tick_params(length=0, pad=2, grid_linewidth=0)
         axis.set_title("" if band else f"layers of {model['model']}", loc="left", pad=2)
-    figure.suptitle(r"Top token of each layer's $\pi^l$; framed: from there up, what came next")
+    title = "First choice of each layer; framed: from there up it is what came next"
+    asked = cell_text(found[0]["prompt"][-90:], width=8)
+    figure.suptitle(f"{asked} ...\n{title}", parse_math=False)
     bar: Any = dict(location="bottom", shrink=0.5, aspect=50, label=r"entropy of $\pi^l$ (nats)")
     figure.colorbar(colors, ax=axes, **bar)
     return figure
@@ -396,8 +397,8 @@ def get_sequences(config: Config, model: Model, tokenizer: Tokenizer, options: A
         records = read_lines(Path(source))[part]
         sequences = [(record.get("prompt_ids"), record.get("ids")) for record in records]
     else:
-        problems = bupo.load_problems(config.eval_dataset, count, config.system)[part]
-        bupo.check_lengths(model, config.max_prompt_tokens + config.max_new_tokens)
+        config.steps, config.eval_problems = 0, count  # nothing is trained
+        problems = bupo.usable_problems(config, model, tokenizer)[0][part]
         if not problems:
             raise UsageError(f"{config.eval_dataset} has no problem {n}; give a lower --nth.")
         rollout = bupo.rollout(model, tokenizer, problems, config, "analysis")
@@ -418,7 +419,7 @@ def profile_models(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
         sequences = get_sequences(config, model, tokenizer, options)
         one = profile(model, sequences, AT_ONCE)
         found.append(dict(model=name, **one))
-        print(f"\n{name}: means of {one['tokens']:,} tokens; H, d, KL and NLL in nats")
+        print(f"\n{name}: {one['tokens']:,} tokens; H, its change d, KL(pi || pi^l), NLL: nats")
         print("layer" + "".join(f"{column:>8}" for column, *_ in MEASURES.values()))
         for k in range(-one["layers"], 0):
             means = (one["measures"][key]["mean"][k] for key in MEASURES)
@@ -516,9 +517,10 @@ def follow_run(options: argparse.Namespace) -> tuple[dict, plt.Figure]:
             (f"Similarity of layers {layer} and k", STEP, "cosine of $H^l$ and $H^k$", near, None),
             (f"Entropy change of layer {layer}", STEP, "entropy change (nats)", change, None),
             (f"KL of layers {layer} and k", STEP, r"KL$(\pi^l \| \pi^k)$ (nats)", far, None),
-            (r"Log-perplexity of $\pi$", STEP, "nats per token", nll, None),
+            (r"Log-perplexity of $\pi$ on them", STEP, "nats per token", nll, None),
         ]
-    title = f"{folder}: the same {len(sequences)} completions at each step; gray: phase 1"
+    whose = "" if options.completions else " of step 0"
+    title = f"{folder}: the same {len(sequences)} completions{whose} throughout\ngray: phase 1"
     return dict(logs, run=folder, layer=layer, points=points), picture(panels, 2, title, steps)
 
 
@@ -532,7 +534,7 @@ MODES: dict[str, tuple[Any, str, set[str]]] = {  # default FILE, and the other f
     "lens": (lens, "lens", OF_RUN - {"problems"} | {"model", "text", "nth"}),
     "overview": (follow_run, "overview", OF_RUN),
     "layers_over_training": (follow_run, "over-training", OF_RUN | {"layer"}),
-    "model": (profile_models, "layers", OF_RUN),
+    "model": (profile_models, "layers", OF_RUN - {"internal_norm"}),  # it shows both
 }
 
 
@@ -571,8 +573,6 @@ def parse(arguments: list[str] | None = None) -> tuple[tuple, argparse.Namespace
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2 with one sentence for what the user can fix; 130 after Ctrl-C."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
         (work, ending, _), options = parse(arguments)
         out = Path(options.out or ".")

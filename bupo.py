@@ -2,7 +2,7 @@ r"""Bottom-up Policy Optimization (BuPO, arXiv 2512.19673) in one file.
 
     $ python bupo.py --out runs/x         # 2 to 3 minutes on one core; no GPU, no network
     Evaluation  step 0: avg@4 39.5% (standard error 1.6%), pass@4 84.4%, 256 held-out problems
-    Boundary    layer 4; FFN entropy change of each layer: +0.70 +0.42 +0.32 +1.00 -0.03 +0.25
+    Boundary    layer 4; FFN entropy change by layer, in nats: +0.70 +0.42 +0.32 +1.00 -0.03 +0.25
     Evaluation  step 60: avg@4 77.1% (standard error 1.6%), pass@4 97.7%, 256 held-out problems
 
 A language model is a stack of blocks. BuPO reads it at two heights:
@@ -58,33 +58,33 @@ The letters, with their sizes:          tiny/      1.7B (Qwen3)
 Why no importance weight pi^l / pi, although pi wrote what pi^l learns from? The paper has none and
 gives no reason: it is a heuristic. Why are the sampler's log-probabilities not the old ones in rho?
 In phase 1 they are of pi, not of pi^l; in phase 2, decoding with a cache rounds them differently.
-Why is phase 1 short? The blocks above l go on reading a stream that changes under them: a long one
-ruins pi.
+Why is phase 1 short? The blocks above l read a stream that changes under them: a long one ruins pi.
 
 On purpose, this file departs from the paper (P) or from the authors' code (C):
 
   - pi^l applies the final norm; Eq. 5 and C do not (`--internal-norm none`); Table 5 tries both.
   - Updates of phase 1 run blocks 1..l only; C runs all L and builds two full logit matrices.
-  - The loss averages over all tokens, as C does; `--loss-average sequence` is P's Eq. 3 and 9.
+  - The loss averages over a mini-batch's tokens; C over a micro-batch's, P by completion.
+  - Where A < 0, any rho counts (Eq. 9); C stops at rho = 10 (dual clip).
   - The reward compares values; C compares text and calls \boxed{\text{Yes}} wrong if it is Yes.
   - A mini-batch without any advantage is skipped; C would still move weights, by momentum.
   - Layers count from 1, as in P; C counts from 0.
 
 Equation and table numbers are those of the paper's version 3. The map:
 
-     1 Settings                 lines 132-188   Config
-     2 Internal policies        lines 191-274   internal_hidden, policy_logits, token_logps
-     3 Objective                lines 277-299   group_advantages, clipped_surrogate
-     4 Training                 lines 302-463   train, update
-     5 Rollouts                 lines 466-632   SlotCache, sample
-     6 Which layer              lines 635-696   residual_stream, boundary_layer
-     7 Masters                  lines 699-765   MasterAdamW
-     8 Evaluation               lines 768-793   evaluate
-    The storeroom, from line 796 on: you may stop there.
+     1 Settings                 lines 133-189   Config
+     2 Internal policies        lines 192-275   internal_hidden, policy_logits, token_logps
+     3 Objective                lines 278-300   group_advantages, clipped_surrogate
+     4 Training                 lines 303-464   train, update
+     5 Rollouts                 lines 467-633   SlotCache, sample
+     6 Which layer              lines 636-697   residual_stream, boundary_layer
+     7 Masters                  lines 700-766   MasterAdamW
+     8 Evaluation               lines 769-794   evaluate
+    The storeroom, from line 797 on: you may stop there.
      9 Reward                   lines 802-931   math_reward
     10 Problems                 lines 934-1066  load_problems
-    11 Model                    lines 1069-1281  load_model, check_model, encode
-    12 Files and command line   lines 1284-1508  main
+    11 Model                    lines 1069-1282  load_model, check_model, encode
+    12 Files and command line   lines 1285-1507  main
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 from urllib.request import urlopen
 
+import huggingface_hub
 import jinja2
 import torch
 import transformers  # 5.23 or later: blocks and caches are called as it calls them
@@ -173,7 +174,7 @@ class Config:
     # The machine:
     rollout_rows: str = setting("auto", "sequences decoded at once: a number, or as many as fit")
     micro_batch_tokens: str = setting("auto", "tokens in a forward and backward pass, or auto")
-    gradient_checkpointing: bool = setting(True, "recompute activations, to save memory")
+    gradient_checkpointing: bool = setting(True, "whether to recompute activations (saves memory)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "to compute on")
     precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on a GPU")
     optimizer_device: Literal["auto", "cpu", "cuda"] = setting("auto", "of the float32 masters")
@@ -692,7 +693,7 @@ def find_boundary(model: Model, sequences: Sequences) -> int:
     change = ffn_entropy_change(model, [(prompt, completion[:64]) for prompt, completion in some])
     layer, rounded = boundary_layer(change), " ".join(f"{value:+.2f}" for value in change)
     verdict = f"layer {layer}" if max(change) > 0 else "none, so phase 1 is GRPO"
-    tqdm.write(f"Boundary    {verdict}; FFN entropy change of each layer, in nats: {rounded}")
+    tqdm.write(f"Boundary    {verdict}; FFN entropy change by layer, in nats: {rounded}")
     return layer
 
 
@@ -795,8 +796,7 @@ def evaluate(
 
 # The storeroom ####################################################################################
 #
-# The method ends here. What follows checks answers, reads problems, loads models and keeps runs; it
-# may be skipped.
+# What follows checks answers, reads problems, loads models and keeps runs; it may be skipped.
 
 
 # 9 Reward =========================================================================================
@@ -1023,8 +1023,8 @@ def find_columns(names: Iterable[str]) -> list[str]:
     columns = list(names)
     question, answer = ([x for x in known if x in columns][:1] for known in (QUESTIONS, ANSWERS))
     if not (question and answer):
-        lacks = "answer" if question else "question"
-        raise UsageError(f"No {lacks}, as the README names them, is among the columns {columns}.")
+        names = ", ".join(ANSWERS if question else QUESTIONS)
+        raise UsageError(f"None of the columns {columns} is called {names}; rename one.")
     return question + answer + [name for name in columns if re.fullmatch(PARTS, name)]
 
 
@@ -1073,14 +1073,17 @@ def load_model(name: str) -> tuple[Model, Tokenizer]:
     """A causal language model, float32, on the CPU, in evaluation mode, and its tokenizer. name: a
     Hub id, a folder in the Hugging Face layout, or that of a run, whose last checkpoint it is. Only
     safetensors are read, and no code of a checkpoint is run."""
+    for library in (transformers, huggingface_hub):
+        library.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # of downloads
     folder = model_folder(name)
     if folder.is_dir() and not (folder / "config.json").exists():
         if not checkpoints(folder):
             raise UsageError(f"{folder} has neither config.json nor a checkpoint of a run.")
         folder = checkpoints(folder)[-1]
-    source = str(folder) if folder.exists() else name
-    elsewhere = "no folder here has this name; as one of the Hub it needs a connection"
-    fix = "check its files" if folder.exists() else elsewhere
+    fix = "no folder here has this name; as one of the Hub it needs a connection"
+    source, fix = (str(folder), "check its files") if folder.exists() else (name, fix)
     with explain(f"The model {name} cannot be loaded", fix):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         if any(hasattr(c, "quantization_config") for c in (config, config.get_text_config())):
@@ -1209,8 +1212,7 @@ def check_lengths(model: Model, tokens: int) -> None:
 
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
-    """The device and the precision to compute in. auto: the GPU, but not silently the CPU if there
-    is a GPU whose driver is too old for torch."""
+    """The device and the precision to compute in. A GPU that torch cannot use is an error."""
     cuda = torch.cuda.is_available() and config.device != "cpu"
     driver = torch.version.cuda and shutil.which("nvidia-smi")  # which a driver brings
     if not cuda and (config.device == "cuda" or (config.device == "auto" and driver)):
@@ -1248,9 +1250,8 @@ def rollout_rows(model: Model, longest_prompt: int, config: Config) -> int:
 
 
 def micro_batch_tokens(model: Model, optimizer: MasterAdamW, layer: int, config: Config) -> int:
-    """--micro-batch-tokens; auto: as many as fit into a GPU's free memory, at least 4,096 and at
-    most 16,384, or 32,768 if each micro-batch has to send its gradients to the CPU (still more
-    would lose more time to padding than they save)."""
+    """--micro-batch-tokens; auto: as many as fit on a GPU, 4,096 to 16,384, or to 32,768 if each
+    micro-batch sends its gradients to the CPU (more would lose more to padding than they save)."""
     if config.micro_batch_tokens != "auto" or model.device.type == "cpu":
         return 16384 if config.micro_batch_tokens == "auto" else int(config.micro_batch_tokens)
     free, most = free_memory(model.device), 32768
@@ -1300,7 +1301,8 @@ def explain(problem: str, fix: str) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:
-        why = " ".join(str(error).split())[:200].rstrip(".:, ") or type(error).__name__
+        why = " ".join(str(error).split(". ")[0].split())[:200].rstrip(".:, ")
+        why = why or type(error).__name__
         raise UsageError(f"{problem} ({why}); {fix}.") from error
 
 
@@ -1404,7 +1406,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(start: Path, optimizer: MasterAdamW) -> tuple[int, int]:
-    """The steps done and the layer that `auto` has found, else 0; restores AdamW's moments, and
+    """The steps done and the layer of phase 1, 0 if unknown; restores AdamW's moments, and
     cuts from the logs what was written after the checkpoint."""
     with explain(f"{start} is damaged", "remove it, and --resume continues from the one before"):
         state = torch.load(start / "training.pt", optimizer.device, weights_only=True)
@@ -1464,8 +1466,7 @@ def evaluate_and_log(
 
 
 def stop_requests() -> list[int]:
-    """A list that gets the first Ctrl-C or SIGTERM, so that the step can finish; a second one
-    interrupts at once."""
+    """A list that gets the first Ctrl-C or SIGTERM; a second one interrupts at once."""
     requests: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -1481,12 +1482,10 @@ def stop_requests() -> list[int]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2 with one sentence for what the user can fix; 130 after a request to stop."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     config = None
     try:
         config, resume = parse(arguments)
-        train(config, resume)
+        tqdm.write(f"Written     {train(config, resume)}")
         return 0
     except KeyboardInterrupt:
         code, message = 130, "stopped"

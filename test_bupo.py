@@ -568,7 +568,7 @@ def test_rows_that_cannot_be_asked_or_rewarded_are_dropped_and_counted_by_reason
     assert [count for count in counts if count not in said] == []
     with pytest.raises(bupo.UsageError, match="question: question, answer: solution; dropped: 8 x"):
         bupo.load_problems(write_rows(tmp_path / "y.jsonl", bad[:-2]))
-    with pytest.raises(bupo.UsageError, match=r"No answer.*\['question', 'label'\]"):
+    with pytest.raises(bupo.UsageError, match=r"\['question', 'label'\] is called .*answer"):
         bupo.load_problems(write_rows(tmp_path / "z.jsonl", [dict(question="u", label="1")]))
 
 
@@ -1035,6 +1035,7 @@ def test_bad_input_gets_one_sentence(arguments, word, brief, finished, tmp_path,
     short = [] if "--resume" in own else flags(**brief | dict(out=tmp_path / "new"))
     assert bupo.main([*short, *own]) == 2
     assert re.fullmatch(f".*{re.escape(word)}.*\\.\n", capsys.readouterr().err)
+    assert not bupo.huggingface_hub.utils.are_progress_bars_disabled()  # downloads take long
     after = [(file, file.stat().st_size) for f in (tmp_path, finished) for file in f.rglob("*")]
     assert after == before  # nothing written, nothing lost
 
