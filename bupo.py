@@ -951,7 +951,7 @@ def load_problems(
     source: str, limit: int | None = None, system: str = "", fits: Callable | None = None
 ) -> list[Problem]:
     """At most `limit` problems of a source, each question once. Rows that cannot be asked or
-    rewarded, or that `fits` is False for, are dropped and counted by reason."""
+    rewarded, or do not fit, are dropped and counted by reason."""
     if limit == 0:
         return []
     problems: list[Problem] = []
@@ -972,7 +972,7 @@ def load_problems(
                 problem = Problem(messages, find_answer(row.get(answer)))
                 seen.add(text)
                 if fits and not fits(problem):
-                    raise ValueError("too long")
+                    raise ValueError("over --max-prompt-tokens")
                 problems.append(problem)
             except ValueError as reason:
                 dropped[str(reason).rstrip(".")] += 1
@@ -1082,7 +1082,7 @@ def load_model(name: str) -> tuple[Model, Tokenizer]:
         if not checkpoints(folder):
             raise UsageError(f"{folder} has neither config.json nor a checkpoint of a run.")
         folder = checkpoints(folder)[-1]
-    fix = "no folder here has this name; as one of the Hub it needs a connection"
+    fix = "no folder has this name; as one of the Hub it needs a connection"
     source, fix = (str(folder), "check its files") if folder.exists() else (name, fix)
     with explain(f"The model {name} cannot be loaded", fix):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -1191,7 +1191,7 @@ def usable_problems(
     def fits(problem: Problem) -> bool:
         ids = encode(tokenizer, problem)
         if max(ids) >= model.get_input_embeddings().num_embeddings:
-            raise UsageError("The tokenizer has a token that the model does not have, in a prompt.")
+            raise UsageError("A prompt has a token that the model does not have.")
         return len(ids) <= config.max_prompt_tokens
 
     held_out = load_problems(config.eval_dataset, config.eval_problems, config.system, fits)
@@ -1212,7 +1212,7 @@ def check_lengths(model: Model, tokens: int) -> None:
 
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
-    """The device and the precision to compute in. A GPU that torch cannot use is an error."""
+    """The device and precision to compute in. A GPU that torch cannot use is an error."""
     cuda = torch.cuda.is_available() and config.device != "cpu"
     driver = torch.version.cuda and shutil.which("nvidia-smi")  # which a driver brings
     if not cuda and (config.device == "cuda" or (config.device == "auto" and driver)):
@@ -1295,14 +1295,14 @@ class UsageError(ValueError):
 
 @contextlib.contextmanager
 def explain(problem: str, fix: str) -> Iterator[None]:
-    """Turn what a library raises inside into one sentence: the problem, its own words, the fix."""
+    """Turn what a library raises inside into one sentence: the problem, its first, the fix."""
     try:
         yield
     except UsageError:
         raise
     except Exception as error:
-        why = " ".join(str(error).split(". ")[0].split())[:200].rstrip(".:, ")
-        why = why or type(error).__name__
+        first = re.split(r"\. |\n(?=[A-Z])", str(error).strip())[0]
+        why = " ".join(first.split())[:200].rstrip(".:, ") or type(error).__name__
         raise UsageError(f"{problem} ({why}); {fix}.") from error
 
 
