@@ -65,26 +65,25 @@ On purpose, this file departs from the paper (P) or from the authors' code (C):
   - pi^l applies the final norm; Eq. 5 and C do not (`--internal-norm none`); Table 5 tries both.
   - Updates of phase 1 run blocks 1..l only; C runs all L and builds two full logit matrices.
   - The loss averages over a mini-batch's tokens; C over a micro-batch's, P by completion.
-  - Where A < 0, any rho counts (Eq. 9); C stops at rho = 10 (dual clip).
-  - The reward compares values; C compares text and calls \boxed{\text{Yes}} wrong if it is Yes.
+  - The reward compares values; C compares text.
   - A mini-batch without any advantage is skipped; C would still move weights, by momentum.
-  - Layers count from 1, as in P; C counts from 0.
+  - Where A < 0 any rho counts; C stops at 10 (dual clip). Layers count from 1; C's from 0.
 
 Equation and table numbers are those of the paper's version 3. The map:
 
      1 Settings                 lines 133-189   Config
      2 Internal policies        lines 192-275   internal_hidden, policy_logits, token_logps
      3 Objective                lines 278-300   group_advantages, clipped_surrogate
-     4 Training                 lines 303-464   train, update
-     5 Rollouts                 lines 467-633   SlotCache, sample
-     6 Which layer              lines 636-697   residual_stream, boundary_layer
-     7 Masters                  lines 700-766   MasterAdamW
-     8 Evaluation               lines 769-794   evaluate
-    The storeroom, from line 797 on: you may stop there.
-     9 Reward                   lines 802-931   math_reward
-    10 Problems                 lines 934-1066  load_problems
-    11 Model                    lines 1069-1282  load_model, check_model, encode
-    12 Files and command line   lines 1285-1507  main
+     4 Training                 lines 303-463   train, update
+     5 Rollouts                 lines 466-632   SlotCache, sample
+     6 Which layer              lines 635-696   residual_stream, boundary_layer
+     7 Masters                  lines 699-768   MasterAdamW
+     8 Evaluation               lines 771-796   evaluate
+    The storeroom, from line 799 on: you may stop there.
+     9 Reward                   lines 804-933   math_reward
+    10 Problems                 lines 936-1068  load_problems
+    11 Model                    lines 1071-1284  load_model, check_model, encode
+    12 Files and command line   lines 1287-1508  main
 """
 
 from __future__ import annotations
@@ -124,6 +123,7 @@ import transformers  # 5.23 or later: blocks and caches are called as it calls t
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.integrations import sdpa_attention
 
 Model = Any  # a transformers.PreTrainedModel with a Llama-like decoder
 Tokenizer = Any  # a transformers.PreTrainedTokenizerBase
@@ -174,7 +174,7 @@ class Config:
     # The machine:
     rollout_rows: str = setting("auto", "sequences decoded at once: a number, or as many as fit")
     micro_batch_tokens: str = setting("auto", "tokens in a forward and backward pass, or auto")
-    gradient_checkpointing: bool = setting(True, "whether to recompute activations (saves memory)")
+    gradient_checkpointing: bool = setting(True, "recompute activations?")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "to compute on")
     precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on a GPU")
     optimizer_device: Literal["auto", "cpu", "cuda"] = setting("auto", "of the float32 masters")
@@ -337,11 +337,10 @@ def train(config: Config, resume: bool = False) -> Path:
     bar = tqdm(steps, "training", total=config.steps, initial=done, disable=not steps)
     for step in bar:
         # 1 Draw problems, and G completions of each from the full policy pi, in either phase.
-        times = [time.perf_counter()]
+        began = time.perf_counter()
         indices = problems_of_step(step, len(problems), config.prompts_per_step, config.seed)
         batch = [problems[i] for i in indices for _ in range(config.group_size)]
         completions = rollout(model, tokenizer, batch, config, f"rollout {step}")
-        times.append(time.perf_counter())
         mismatch = sampling_error(model, completions, config.temperature)
 
         # 2 Reward 1 for a right boxed answer, else 0.
@@ -363,7 +362,7 @@ def train(config: Config, resume: bool = False) -> Path:
 
         # 6 Log, save and evaluate.
         metrics = {"step": step, "layer": layer, "sampling_error": mismatch}
-        metrics |= describe(completions, rewards, advantages, times) | updated
+        metrics |= describe(completions, rewards, advantages, began) | updated
         log(out / "metrics.jsonl", metrics)
         bar.set_postfix({name: metrics[name] for name in ("layer", "reward", "completion_tokens")})
         between_steps(step)
@@ -410,7 +409,7 @@ def update(
     old = [[None for _ in micros] for micros in plan[:1]] + later
 
     ratios, clipped, entropies, grad_norms = [], [], [], []
-    for micros, olds in zip(plan, old, strict=True):
+    for micros, olds in tqdm(list(zip(plan, old, strict=True)), "updating", leave=False, delay=2):
         for micro, old_logps in zip(micros, olds, strict=True):
             logps, nats = score(micro, internal)  # (N,) each
             entropies += [] if nats is None else [nats]
@@ -700,7 +699,7 @@ def find_boundary(model: Model, sequences: Sequences) -> int:
 # 7 Masters ========================================================================================
 
 GRAD_CLIP = 1.0  # largest norm of a gradient (paper: 1.0)
-PIECE = 1 << 20  # numbers of a gradient that travel to a master at a time
+PIECE = 1 << 20  # numbers of a gradient that travel or are summed at once
 
 
 class MasterAdamW:
@@ -749,7 +748,10 @@ class MasterAdamW:
     def step(self, lr: float) -> float:
         """Clip the gradient, whose norm is returned, update masters and weights. Weights without
         gradient, such as those above l in phase 1, stay bit-identical."""
-        grad_norm = float(nn.utils.clip_grad_norm_(self.masters, GRAD_CLIP))
+        grads = [master.grad.flatten() for master in self.masters if master.grad is not None]
+        pieces = [piece for grad in grads for piece in grad.split(PIECE)]  # a CPU sums in float32
+        grad_norm = float(norm := nn.utils.get_total_norm(pieces))
+        nn.utils.clip_grads_with_norm_(self.masters, GRAD_CLIP, norm)
         if not math.isfinite(grad_norm):  # it must not move anything
             raise UsageError("A gradient is not finite; try a lower --lr or --precision float32.")
         self.adam.param_groups[0]["lr"] = lr
@@ -957,7 +959,7 @@ def load_problems(
     problems: list[Problem] = []
     seen, dropped = set(), Counter[str]()
     forms = ".parquet, .jsonl, .json, .csv, or on the Hub ID, ID:SPLIT or ID:CONFIG:SPLIT"
-    with explain(f"{source} cannot be read", f"name {forms}"):
+    with explain(f"{source} cannot be read", f"check the connection or name {forms}"):
         source, (question, answer, *parts), rows = read_rows(source)
         for row in tqdm(rows, "reading problems", leave=False, delay=2):
             if len(problems) == limit:
@@ -1082,14 +1084,14 @@ def load_model(name: str) -> tuple[Model, Tokenizer]:
         if not checkpoints(folder):
             raise UsageError(f"{folder} has neither config.json nor a checkpoint of a run.")
         folder = checkpoints(folder)[-1]
-    fix = "no folder has this name; as one of the Hub it needs a connection"
+    fix = "no folder has this name; the Hub needs a connection or `hf auth login`"
     source, fix = (str(folder), "check its files") if folder.exists() else (name, fix)
     with explain(f"The model {name} cannot be loaded", fix):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         if any(hasattr(c, "quantization_config") for c in (config, config.get_text_config())):
             raise ValueError("it is quantized: name the model that it was made from")
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        if type(tokenizer).__name__ == "MistralCommonBackend":  # it encodes no rendered text
+        if type(tokenizer).__name__ == "MistralCommonBackend":
             raise ValueError("mistral-common reads its tokenizer: run without that package")
         how: Any = dict(use_safetensors=True, output_loading_info=True, trust_remote_code=False)
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
@@ -1108,9 +1110,8 @@ def model_folder(name: str) -> Path:
 
 @torch.no_grad()
 def check_model(model: Model) -> None:
-    """Give a model (float32, CPU) fused attention and norms. Then compute a few tokens in three
-    ways and refuse the model unless they agree: by transformers' own forward pass, by ours, and by
-    `sample` with its cache."""
+    """Give a model (float32, CPU) fused attention and norms, and refuse it unless transformers'
+    forward pass, ours, and that of `sample` with its cache agree on a few tokens."""
     problem = f"This program cannot run the blocks of {type(model).__name__}"
     with explain(problem, "use a Llama, Mistral, Qwen2, Qwen3 or SmolLM2"):
         model.set_attn_implementation("sdpa")  # whatever its config.json says
@@ -1143,8 +1144,7 @@ def encode(tokenizer: Tokenizer, problem: Problem) -> list[int]:
             joined = dict(rest[0], content=f"{system}\n\n{rest[0]['content']}")
             text = render(tokenizer, [joined, *rest[1:]])
         ids = tokenizer(text, add_special_tokens=False).input_ids
-    # Some templates leave out text, some tokenizers lose spaces, and a question that a template has
-    # rendered before holds special tokens.
+    # Templates may leave out text, tokenizers lose spaces, questions be rendered already.
     texts = [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)]
     texts += [m["content"] for m in problem.messages if m["role"] == "user"]
     prompt, *asked = (" ".join(unicodedata.normalize("NFKC", text).split()) for text in texts)
@@ -1224,6 +1224,8 @@ def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     auto = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     low = config.precision == "bfloat16" or (config.precision == "auto" and auto)
+    if cuda and not low:  # else attention would take T^2 memory
+        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
     return torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if low else torch.float32
 
 
@@ -1251,7 +1253,7 @@ def rollout_rows(model: Model, longest_prompt: int, config: Config) -> int:
 
 def micro_batch_tokens(model: Model, optimizer: MasterAdamW, layer: int, config: Config) -> int:
     """--micro-batch-tokens; auto: as many as fit on a GPU, 4,096 to 16,384, or to 32,768 if each
-    micro-batch sends its gradients to the CPU (more would lose more to padding than they save)."""
+    micro-batch sends its gradients to the CPU."""
     if config.micro_batch_tokens != "auto" or model.device.type == "cpu":
         return 16384 if config.micro_batch_tokens == "auto" else int(config.micro_batch_tokens)
     free, most = free_memory(model.device), 32768
@@ -1322,7 +1324,7 @@ def check_settings(config: Config) -> None:
 
 def configure(model: str = "tiny", **given: Any) -> Config:
     """The settings given; else those of settings.json in the folder of the model or its parent, as
-    tiny/ and the folders of runs have it; else the defaults of `Config`."""
+    tiny/ and runs have it; else the defaults of `Config`."""
     folder = model_folder(model)
     places = [place for place in (folder, folder.parent) if (place / "settings.json").exists()]
     known = read_settings(places[0]) if places else {}
@@ -1394,13 +1396,15 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     saved = {name: x for name, x in model.named_buffers() if name in model.state_dict()}
     saved |= zip((name for name, _ in model.named_parameters()), optimizer.masters, strict=True)
-    model.save_pretrained(temporary, state_dict=saved, max_shard_size="1TB")
-    model.config.dtype = "float32"  # which the masters are, whatever the model computes in
-    model.config.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
     logs = {file.name: file.stat().st_size for file in out.glob("*.jsonl")}
-    torch.save(dict(state, logs=logs, adam=optimizer.adam.state_dict()), temporary / "training.pt")
-    temporary.rename(folder)  # so it is whole, or not there at all
+    state |= dict(logs=logs, adam=optimizer.adam.state_dict())
+    with explain(f"{folder} cannot be written", "make room for it"):
+        model.save_pretrained(temporary, state_dict=saved)
+        model.config.dtype = "float32"  # which the masters are, whatever the model computes in
+        model.config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        torch.save(state, temporary / "training.pt")
+        temporary.rename(folder)  # so it is whole, or not there at all
     for old in checkpoints(out)[: -config.keep] if config.keep else []:
         shutil.rmtree(old)
 
@@ -1408,11 +1412,12 @@ def save_checkpoint(
 def load_checkpoint(start: Path, optimizer: MasterAdamW) -> tuple[int, int]:
     """The steps done and the layer of phase 1, 0 if unknown; restores AdamW's moments, and
     cuts from the logs what was written after the checkpoint."""
-    with explain(f"{start} is damaged", "remove it, and --resume continues from the one before"):
+    with explain(f"{start} is damaged", "remove it to --resume from the one before"):
         state = torch.load(start / "training.pt", optimizer.device, weights_only=True)
         optimizer.adam.load_state_dict(state["adam"])
-    for file in start.parent.glob("*.jsonl"):
-        os.truncate(file, state["logs"].get(file.name, 0))
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        with open(start.parent / name, "a") as file:
+            file.truncate(state["logs"].get(name, 0))
     tqdm.write(f"Resumed     after step {state['step']}, from {start}")
     return state["step"], state["internal_layer"]
 
@@ -1425,13 +1430,11 @@ def log(file: Path, record: dict[str, Any]) -> None:
 
 
 def describe(
-    completions: list[Completion], rewards: list[float], advantages: Tensor, times: list[float]
+    completions: list[Completion], rewards: list[float], advantages: Tensor, began: float
 ) -> dict[str, Any]:
     """What the log says of a step besides its update. Entropies are means over completion tokens,
-    in nats; times: when the step began, and when its rollout ended, in seconds."""
-    began, sampled, ended = *times, time.perf_counter()
+    in nats; began: when the step did, in seconds."""
     tokens = sum(len(c.ids) for c in completions)
-    learned = sum(len(c.ids) for c, a in zip(completions, advantages.view(-1), strict=True) if a)
     mean_entropy = sum(sum(c.entropies) for c in completions) / tokens
     return dict(
         reward=fmean(rewards),
@@ -1440,10 +1443,8 @@ def describe(
         completion_tokens=tokens / len(completions),
         truncated=fmean(not c.ended for c in completions),
         zero_std_groups=fmean((advantages == 0).all(-1).tolist()),
-        rollout_tokens_per_s=tokens / (sampled - began),
-        update_tokens_per_s=learned / (ended - sampled),
         peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9 or None,
-        seconds=ended - began,
+        seconds=time.perf_counter() - began,
     )
 
 

@@ -387,6 +387,14 @@ def test_bfloat16_weights_follow_float32_masters_at_the_papers_learning_rate(lay
         assert metrics["ratio_max"] == 1.0
 
 
+def test_the_norm_of_a_large_gradient_is_right():
+    layer = torch.nn.Linear(2**12, 2**13, bias=False)
+    optimizer = bupo.MasterAdamW(layer, torch.device("cpu"), torch.float32, "auto")
+    layer.weight.grad = torch.randn(layer.weight.shape)
+    norm = float(layer.weight.grad.double().norm())
+    assert optimizer.step(1e-6) == pytest.approx(norm, rel=1e-4)  # one float32 sum: 2e-3 less
+
+
 @every_precision
 def test_phase_1_moves_nothing_above_the_layer_and_a_step_without_advantage_nothing_at_all(dtype):
     """Not even by momentum or weight decay."""
@@ -580,13 +588,10 @@ def test_equal_questions_count_once_and_are_rendered_once(tmp_path, capsys):
     assert [problem.answer for problem in problems] == ["3", "5"]
     assert fits.call_count == 3
     said = capsys.readouterr().out
-    for count in ("3 x no answer", "1 x over --max-prompt-tokens", "84 x duplicate"):
-        assert count in said
+    assert re.search("84 x duplicate, 3 x no answer, 1 x over --max-prompt-tokens", said)
 
 
-def test_numbers_of_files_stay_as_written_and_only_columns_that_matter_are_read(
-    tmp_path, monkeypatch
-):
+def test_numbers_of_files_stay_as_written_and_only_needed_columns_are_read(tmp_path, monkeypatch):
     answers = ["0.10", "007", "9", "x"]
     rows = [dict(question=f"{i}", answer=answer) for i, answer in enumerate(answers)]
     problems = [bupo.Problem(chat("", f"{i}")[1:], answers[i]) for i in range(4)]
@@ -703,11 +708,10 @@ LATENT |= dict(v_head_dim=8, num_key_value_heads=4, head_dim=4)  # keys unlike v
 EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1)
 EXPERTS |= dict(topk_group=1, first_k_dense_replace=1, n_shared_experts=1)
 OTHERS = ["Gemma2", "GPT2", "Olmo2", "Cohere", "StableLm", "Mixtral", "Granite"]
+LIKE_LLAMA = ["Llama", "Mistral", "Qwen2", "Qwen3", "Starcoder2", "Youtu"]
 
 
-@pytest.mark.parametrize(
-    "family", ["Qwen3", "Qwen2", "Llama", "Mistral", "Starcoder2", "Youtu", *OTHERS]
-)
+@pytest.mark.parametrize("family", [*LIKE_LLAMA, *OTHERS])
 def test_only_llama_like_models_are_loaded_whatever_precision_they_ask_for(family, tmp_path):
     """And sampled from what is scored, which load_model checks."""
     own = dict(Youtu=LATENT, Granite=dict(residual_multiplier=0.5)).get(family, {})
@@ -776,11 +780,9 @@ def test_damaged_and_unsafe_models_are_refused(damage, word, tmp_path, monkeypat
 
 
 def test_a_gpu_that_torch_cannot_use_is_an_error_unless_the_cpu_is_asked_for(monkeypatch):
-    """Such as with a driver older than torch's CUDA. Without a GPU, auto is the CPU."""
+    """Such as with an old driver. In float32 keys that queries share would take T^2 memory."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cases = itertools.product(
-        ("cpu", "auto", "cuda"), (None, "/usr/bin/nvidia-smi"), (None, "13.0")
-    )
+    cases = itertools.product(("cpu", "auto", "cuda"), (None, "/bin/smi"), (None, "13.0"))
     for device, driver, build in cases:
         monkeypatch.setattr(torch.version, "cuda", build)
         monkeypatch.setattr(bupo.shutil, "which", lambda name, driver=driver: driver)
@@ -789,6 +791,12 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_unless_the_cpu_is_asked_for(mon
                 bupo.choose_device(bupo.Config(device=device))
         else:
             assert bupo.choose_device(bupo.Config(device=device))[0].type == "cpu"
+    attention, key = bupo.sdpa_attention, torch.zeros(1, 2, 3, 8)
+    monkeypatch.setattr(attention, "use_gqa_in_sdpa", whole := attention.use_gqa_in_sdpa)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)  # as on a T4
+    assert bupo.choose_device(bupo.Config()) == (torch.device("cuda"), torch.float32)
+    assert [rule(None, key, key) for rule in (whole, attention.use_gqa_in_sdpa)] == [True, False]
 
 
 # Runs =============================================================================================
@@ -831,7 +839,7 @@ def lines(file: Path) -> list[dict]:
 
 def same_run(a: Path, b: Path) -> None:
     """Two runs have the same weights and the same logs, but for what was measured with a clock."""
-    timed = ("rollout_tokens_per_s", "update_tokens_per_s", "peak_memory_gb", "seconds")
+    timed = ("peak_memory_gb", "seconds")
     for file in ("metrics.jsonl", "completions.jsonl"):
         first, second = ([line | dict.fromkeys(timed) for line in lines(f / file)] for f in (a, b))
         assert first == second
@@ -840,8 +848,7 @@ def same_run(a: Path, b: Path) -> None:
 
 
 STEP = """step layer reward entropy layer_entropy completion_tokens truncated zero_std_groups
-clip_fraction ratio_max grad_norm sampling_error rollout_tokens_per_s update_tokens_per_s
-peak_memory_gb seconds"""
+clip_fraction ratio_max grad_norm sampling_error peak_memory_gb seconds"""
 EVALUATION = "step eval_avg eval_se eval_pass eval_k eval_problems"
 
 
@@ -972,6 +979,7 @@ def test_a_stopped_run_repeats_an_undisturbed_one(
     moved = str(shutil.copy(f"{brief['model']}/train.jsonl", out / "moved.jsonl"))
     run(resume=out, steps=5, dataset=moved)
     same_run(finished, out)
+    assert Path(moved).read_text() == Path(brief["model"], "train.jsonl").read_text()  # still there
 
 
 ENDS = [(math.nan, "not finite"), (torch.OutOfMemoryError, "out of memory.*-rows.*-tokens")]
@@ -979,12 +987,15 @@ ENDS = [(math.nan, "not finite"), (torch.OutOfMemoryError, "out of memory.*-rows
 
 @pytest.mark.parametrize(("third", "said"), ENDS)
 def test_what_ends_a_run_is_said_with_a_hint(third, said, brief, tmp_path, monkeypatch, capsys):
-    advantages, factor = bupo.group_advantages, Mock(side_effect=[1.0, 1.0, third])
+    advantages, factor = bupo.group_advantages, Mock(side_effect=[1, 1, third, 1])
     monkeypatch.setattr(bupo, "group_advantages", lambda rewards: advantages(rewards) * factor())
     a = run(out=tmp_path / "a", code=2, **brief | dict(eval_problems=0, keep=2))
     assert re.search(f"\nbupo.py: .*{said}.* --resume {a}.\n$", capsys.readouterr().err)
     assert [line["step"] for line in lines(a / "metrics.jsonl")] == [1, 2]  # the third is no step
     assert [folder.name[-2:] for folder in bupo.checkpoints(a)] == ["-1", "-2"]
+    monkeypatch.setattr(torch, "save", Mock(side_effect=RuntimeError("a full disk")))
+    run(resume=a, code=2)
+    assert re.search(f"-3 cannot be written .*disk.* --resume {a}.\n$", capsys.readouterr().err)
     monkeypatch.setattr(bupo, "train", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):  # whose traceback is shown
         bupo.main([])

@@ -20,7 +20,7 @@ BUPO = Path(__file__).parent.parent / "bupo.py"
 SETTINGS = "--steps 300 --save-every 1 --keep 2 --eval-every 50 --eval-problems 8"
 SETTINGS += " --prompts-per-step 4 --mini-batch 2"
 UNFINISHED = ".checkpoint.tmp"  # a checkpoint that is being written, or was at a kill
-CLOCK = {"rollout_tokens_per_s", "update_tokens_per_s", "peak_memory_gb", "seconds"}
+CLOCK = {"peak_memory_gb", "seconds"}
 
 
 def start(flags: str) -> Popen:
