@@ -1297,7 +1297,7 @@ class UsageError(ValueError):
 
 @contextlib.contextmanager
 def explain(problem: str, fix: str) -> Iterator[None]:
-    """Turn what a library raises inside into one sentence: the problem, its first, the fix."""
+    """Turn what a library raises into one sentence: the problem, its first one, the fix."""
     try:
         yield
     except UsageError:
