@@ -856,7 +856,7 @@ GROUP = r"\{(?:[^{}\\]|\\(?!boxed|fbox).|" * 9 + "(?!)" + r")*\}" * 9  # {...}, 
 
 
 def find_boxes(text: str) -> list[str]:
-    r"""What is in each \boxed{...}, \fbox{...} and \boxed 7, unless it is nothing or a box."""
+    r"""What is in each \boxed{...}, \fbox{...} and \boxed 7, unless it is empty or holds a box."""
     boxes = re.findall(rf"\\(?:boxed|fbox)\s*({GROUP}|-?[\d.]*\d)", text, re.DOTALL)
     return [inside for box in boxes if (inside := box[1:-1].strip() if box[0] == "{" else box)]
 
