@@ -45,12 +45,13 @@ SETTINGS: Settings = {  # the boundary layer of tiny/ is 4 of L = 6
     "align, layer 4": ("align", dict(layer=4, beta=BETA)),
     "align, layer 5": ("align", dict(layer=5, beta=BETA)),
 }
+LONG = {name: SETTINGS[name] for name in ("GRPO", "align, layer 4", "align, layer 5")}
 PAIRS = [(base, seed) for seed in range(5) for base in (0, 1)]  # base model 2 chooses
 PARTS: dict[str, Part] = {
     "beta": (30, BETAS, [(2, 0)]),
     "settings": (60, SETTINGS, PAIRS),
     "blocks": (60, BLOCKS, PAIRS[:5]),
-    "long": (150, SETTINGS, PAIRS),
+    "long": (150, LONG, PAIRS),
 }
 
 
@@ -134,8 +135,7 @@ def make_runs(file: Path, part: Part, common: dict[str, Any], args: argparse.Nam
     steps, settings, pairs = part
     runs, writing = runs_of(file), Lock()
     known = [(run["setting"], tuple(run["pair"])) for run in runs]
-    wanted = [name for name in settings if any(text in name for text in args.only)]
-    missing = [(name, pair) for pair in pairs for name in wanted if (name, pair) not in known]
+    missing = [(name, pair) for pair in pairs for name in settings if (name, pair) not in known]
     models = {base: args.model or base_model(args.folder, base) for _, (base, _) in missing}
     codes = {name: script_and_flags(args.folder, settings, name) for name, _ in missing}
     often = dict(save_every=steps, eval_every=steps, eval_problems=1000)
@@ -214,7 +214,7 @@ def draw(tables: dict[str, Table]) -> None:
             mean, _, error = summary(list(gaps.values()))
             axis.errorbar(mean, name, xerr=2 * error, fmt="|", color="black", markersize=10)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(title=title, xlabel="accuracy minus GRPO's, points")
+        axis.set(title=title, xlabel="accuracy minus GRPO's, points", ymargin=0.1)
         axis.invert_yaxis()
     figure.suptitle("A dot a pair (base model 0 blue, 1 orange),\nblack: mean, two standard errors")
     figure.savefig(ROOT / "assets" / "rivals.png", dpi=150)
@@ -224,7 +224,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="GRPO, BuPO and rivals; see the top of this file.")
     parts = [*PARTS, "cost", "picture"]
     parser.add_argument("--part", nargs="+", choices=parts, default=parts, metavar="PART")
-    parser.add_argument("--only", nargs="+", default=[""], help="settings, by a part of their name")
     parser.add_argument("--model", help="a Hub id or a folder; without it the built-in task")
     parser.add_argument("--layer", type=int, default=28, help="l of BuPO with --model")
     parser.add_argument("--folder", type=Path, default=Path("runs", "experiment"))
