@@ -262,7 +262,7 @@ def rollouts(args: argparse.Namespace, models: dict[str, str]) -> None:
     measure(f"{name}, rollouts", ways, args.turns)
 
 
-def authors_logps(model, ids: Tensor, mask: Tensor, layer: int, *rest: Any) -> tuple[Tensor, ...]:
+def authors_logps(model, ids: Tensor, mask: Tensor, layer: int, **_: Any) -> tuple[Tensor, ...]:
     """log pi^l (N,) as in their code: all blocks, all hidden states, both full logit matrices.
     `bupo.update` also logs entropies: zeros in their place cost nothing."""
     out = model(input_ids=ids, use_cache=False, output_hidden_states=True)
