@@ -750,8 +750,8 @@ class MasterAdamW:
         gradient, such as those above l in phase 1, stay bit-identical."""
         grads = [master.grad.flatten() for master in self.masters if master.grad is not None]
         pieces = [piece for grad in grads for piece in grad.split(PIECE)]  # a CPU sums in float32
-        grad_norm = float(norm := nn.utils.get_total_norm(pieces))
-        nn.utils.clip_grads_with_norm_(self.masters, GRAD_CLIP, norm)
+        grad_norm = nn.utils.get_total_norm(pieces)
+        nn.utils.clip_grads_with_norm_(self.masters, GRAD_CLIP, grad_norm)
         if not math.isfinite(grad_norm):  # it must not move anything
             raise UsageError("A gradient is not finite; try a lower --lr or --precision float32.")
         self.adam.param_groups[0]["lr"] = lr
@@ -760,7 +760,7 @@ class MasterAdamW:
             if master is not weight and master.grad is not None:
                 weight.copy_(master)
         self.zero_grad()
-        return grad_norm
+        return float(grad_norm)
 
     def zero_grad(self) -> None:
         """To None: by momentum and weight decay AdamW would move what has a gradient of zeros."""

@@ -187,8 +187,8 @@ EXERCISES = {
         [
             ("gradients to 0, not to None", "self.zero_grad()", ZEROS),
             ("gradients kept", "self.zero_grad()", "pass"),
-            ("not clipped", "(self.masters, GRAD_CLIP)", "(self.masters, math.inf)"),
-            ("norm after clipping", "return grad_norm", "return min(grad_norm, GRAD_CLIP)"),
+            ("not clipped", "(self.masters, GRAD_CLIP, ", "(self.masters, math.inf, "),
+            ("norm after clipping", "return float(grad_norm)", "return GRAD_CLIP"),
             ("steps with what is not finite", "if not math.isfinite(grad_norm)", "if False"),
             ("AdamW's own learning rate", '["lr"] = lr', '["lr"]'),
             ("weights stay as they were", "weight.copy_(master)", "pass"),
